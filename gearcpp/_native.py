@@ -140,6 +140,7 @@ def config_to_c(config: GearConfig) -> Any:
             "group": getattr(config, f"group_{side}"),
             "rank": getattr(config, f"rank_{side}"),
             "rotate": int(getattr(config, f"rotate_{side}")),
+            "center": int(getattr(config, f"center_{side}")),
             "clip": getattr(config, f"clip_{side}"),
             **shared,
         }
@@ -242,7 +243,7 @@ def tile_pack(config: GearConfig, side: Side, x: npt.ArrayLike, written: npt.Arr
 
 
 def tile_unpack(config: GearConfig, side: Side, d_head: int, tile: U8) -> F32:
-    """X^ = D + L with S restored exactly: f32 [T, d_head]."""
+    """X^ = M + D + L with S restored exactly: f32 [T, d_head]."""
     tile = _aligned(tile, _layout(config, side, d_head).bytes)
     x = np.empty((config.tile, d_head), np.float32)
     check(lib.gear_tile_unpack(config_to_c(config), _side_number(side), d_head, _pointer(tile, "void *"), _pointer(x, "float *")))
@@ -258,6 +259,7 @@ class TileParts:
         scale, zero: f32 [n_group]; index of a group: K: token // group * d + channel, V: channel // group * T + token.
         a: f32 [T, r], with the scale of each column in it.
         b: f32 [d, r].
+        mean: f32 [d], zeros without ``center``.
         outlier_value: f32 [n_vector, n_outlier]; vectors are the channels of K and the tokens of V.
         outlier_index: i32 [n_vector, n_outlier], place within the vector.
     """
@@ -267,6 +269,7 @@ class TileParts:
     zero: F32
     a: F32
     b: F32
+    mean: F32
     outlier_value: F32
     outlier_index: npt.NDArray[np.int32]
 
@@ -282,6 +285,7 @@ def tile_parts(config: GearConfig, side: Side, d_head: int, tile: U8) -> TilePar
         zero=np.zeros(layout.n_group, np.float32),
         a=np.zeros((config.tile, rank), np.float32),
         b=np.zeros((d_head, rank), np.float32),
+        mean=np.zeros(d_head, np.float32),
         outlier_value=np.zeros((layout.n_vector, layout.n_outlier), np.float32),
         outlier_index=np.zeros((layout.n_vector, layout.n_outlier), np.int32),
     )
@@ -296,6 +300,7 @@ def tile_parts(config: GearConfig, side: Side, d_head: int, tile: U8) -> TilePar
             _pointer(parts.zero, "float *"),
             _pointer(parts.a, "float *"),
             _pointer(parts.b, "float *"),
+            _pointer(parts.mean, "float *"),
             _pointer(parts.outlier_value, "float *"),
             _pointer(parts.outlier_index, "int32_t *"),
         )

@@ -39,6 +39,7 @@ class GearConfig:
         factor_bits: bits of an entry of the factors A and B, 8 or 4.
         rounds: alternating rounds D = Q(X - L), L = lowrank(X - D); 1 is the paper's order.
         rotate_k, rotate_v: a Hadamard rotation over the head's channels before coding, undone on the query side.
+        center_k, center_v: take each channel's mean over the tile out before coding and keep it as f16 (M; ours, not the paper's). Not together with S.
         sparsity: s of S, the share of each vector (K: channel, V: token) kept exactly, half of it at the top and half at the bottom; 0 leaves S out.
         clip_k, clip_v: shrink each group's range about its middle to this share before coding; 1 does not clip.
         tile: T, cells of a tile: 64, 128 or 256.
@@ -56,8 +57,10 @@ class GearConfig:
     rank_v: int = 0
     factor_bits: int = 8
     rounds: int = 1
-    rotate_k: bool = False
-    rotate_v: bool = False
+    rotate_k: bool = True
+    rotate_v: bool = True
+    center_k: bool = False
+    center_v: bool = True
     sparsity: float = 0.0
     clip_k: float = 1.0
     clip_v: float = 1.0
@@ -76,20 +79,22 @@ class GearConfig:
         return asdict(self)
 
 
+_PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False)  # D, L and S as in the paper
+
 # Every preset by name. "gear" is the default. Chosen by measurement: see docs/.
 PRESETS: dict[str, GearConfig] = {
     "gear": GearConfig(),
     "gear4": GearConfig(),
     "gear3": GearConfig(bits_k=3, bits_v=3),
-    # At 2 bits a group's extremes cost more than they are worth, and rotation evens them out (benchmarks/frontier.py: 4.6e-3 becomes 2.7e-3 in KLD).
-    "gear2": GearConfig(bits_k=2, bits_v=2, rotate_k=True, rotate_v=True, clip_k=0.9, clip_v=0.9),
+    # At 2 bits a group's extremes cost more than they are worth.
+    "gear2": GearConfig(bits_k=2, bits_v=2, clip_k=0.9, clip_v=0.9),
     "gear-hi": GearConfig(bits_k=6, bits_v=5),
     "gear-l": GearConfig(rank_k=2, rank_v=2, factor_bits=4, rounds=3),
     "gear-l3": GearConfig(bits_k=3, bits_v=3, rank_k=2, rank_v=2, factor_bits=4, rounds=3),
     "gear-l2": GearConfig(bits_k=2, bits_v=2, rank_k=4, rank_v=4, factor_bits=4, rounds=3),
     # The paper's own settings for a tile: 4 bits on KCVT, 2 bits on KIVI g = 64; s = 2 %, r = 4 (gear_facts, section 2.2).
-    "gear-paper4": GearConfig(group_k=0, scale_bits=16, rank_k=4, rank_v=4, sparsity=0.02),
-    "gear-paper2": GearConfig(bits_k=2, bits_v=2, group_k=64, group_v=64, scale_bits=16, rank_k=4, rank_v=4, sparsity=0.02),
+    "gear-paper4": replace(_PLAIN, group_k=0, scale_bits=16, rank_k=4, rank_v=4, sparsity=0.02),
+    "gear-paper2": replace(_PLAIN, bits_k=2, bits_v=2, group_k=64, group_v=64, scale_bits=16, rank_k=4, rank_v=4, sparsity=0.02),
 }
 
 
@@ -196,9 +201,12 @@ def check_config(config: GearConfig) -> None:
     whole("n_tail", 0, 2**30)
     whole("n_sink", 0, 2**20)
     whole("seed", 0, 2**32 - 1)
-    for name in ("rotate_k", "rotate_v"):
+    for name in ("rotate_k", "rotate_v", "center_k", "center_v"):
         if getattr(config, name) not in (False, True, 0, 1):
             raise ConfigError(f"{name} must be True or False, not {getattr(config, name)!r}")
+    for name in ("center_k", "center_v"):
+        if getattr(config, name) and config.sparsity:
+            raise ConfigError(f"{name} must be False where there are outliers (sparsity={config.sparsity}): their exact values and a mean do not go together")
 
 
 def _name_of(config: GearConfig) -> str:

@@ -83,7 +83,7 @@ def test_a_tile_there_and_back(name: str, side: _native.Side, random: np.random.
 
 def test_parts_make_up_the_tile(random: np.random.Generator) -> None:
     """X^ = D + L with S restored, from the parts as they are documented."""
-    config = GearConfig(rank_k=2, rank_v=2, sparsity=0.05, group_v=32)
+    config = GearConfig(rotate_k=False, rotate_v=False, center_v=False, rank_k=2, rank_v=2, sparsity=0.05, group_v=32)
     x = random.standard_normal((config.tile, D_HEAD)).astype(np.float32)
     token, channel = np.indices(x.shape)
     for side in ("k", "v"):

@@ -127,8 +127,8 @@ struct side_tile {
             packed.scale         = memory.take<float>(n_group);
             packed.zero          = memory.take<float>(n_group);
             packed.widest        = memory.take<float>(packed.depth_stride());
-            packed.A             = memory.take<float>((size_t) layout->config.rank * layout->n_token);
-            packed.B             = memory.take<float>((size_t) layout->config.rank * layout->d_head);
+            packed.A             = memory.take<float>((size_t) packed.n_factor() * layout->n_token);
+            packed.B             = memory.take<float>((size_t) packed.n_factor() * layout->d_head);
             packed.outlier       = memory.take<float>((size_t) layout->part.n_vector * layout->part.n_outlier);
         }
         exact.row   = memory.take<const uint16_t *>(tile);

@@ -70,6 +70,12 @@ void prepare(const prepared_tile & p) {
     if (layout.config.rank > 0) {
         load_factors(layout, p.tile, p.A, p.B);
     }
+    if (layout.config.center) {
+        const uint16_t * mean = (const uint16_t *) (p.tile + layout.part.mean);
+        const int        k    = layout.config.rank;
+        std::fill_n(p.A + k * layout.n_token, layout.n_token, 1.0f);
+        std::transform(mean, mean + layout.d_head, p.B + k * layout.d_head, half_to_float);
+    }
     prepare_outliers(p);
 }
 
@@ -94,9 +100,9 @@ void multiply_codes(const prepared_tile & p, const const_rows & x, int first_lan
     }
 }
 
-// L: one dot product per row and rank, then that multiple of the lane factor.
+// L and M: one dot product per row and factor, then that multiple of the lane factor.
 void multiply_factors(const prepared_tile & p, const const_rows & x, int first_lane, int last_lane, const rows & y) {
-    for (int k = 0; k < p.layout->config.rank; ++k) {
+    for (int k = 0; k < p.n_factor(); ++k) {
         for (int i = 0; i < x.n; ++i) {
             float dot = 0;
             for (int depth = 0; depth < p.layout->part.n_depth; ++depth) {

@@ -3,6 +3,7 @@
 // The products with K and with V are one and the same. Both take rows x over the tile's depth (K: channels of q, V: tokens of p) and give rows over its
 // lanes (K: scores of tokens, V: channels of the output); a scale and zero belong to one depth and one lane group, an outlier vector is one depth:
 //     y_l = sum_i (x_i scale_gi) code_li + sum_i x_i zero_gi + sum_k (x.depth_factor_k) lane_factor_kl + outliers      (g the group of lane l)
+// M, each channel's mean, is one more column of L: tokens have factor 1, channels their mean.
 #pragma once
 
 #include "codec/tile.h"
@@ -42,8 +43,8 @@ struct prepared_tile {
     float *             scale;   // [n_lane_group, depth_stride], zeros in the padding
     float *             zero;    // [n_lane_group, depth_stride], zeros in the padding
     float *             widest;  // [depth_stride] the largest scale of the lane groups
-    float *             A;       // [rank][T] of L, sigma included
-    float *             B;       // [rank][d]
+    float *             A;       // [n_factor][T] of L, sigma included, and of M
+    float *             B;       // [n_factor][d]
     float *             outlier; // [n_vector, n_outlier] what an outlier's value adds to D + L at its place
 
     int depth_stride() const { return padded(layout->part.n_depth, depth_padding); }
@@ -51,7 +52,10 @@ struct prepared_tile {
     int n_lane() const { return layout->side == GEAR_SIDE_K ? layout->n_token : layout->d_head; }
     int n_lane_group() const { return (n_lane() + layout->group - 1) / layout->group; }
 
-    // The columns of L's factors over the depth and over the lanes.
+    static int n_factor(const gear_side_config & config) { return config.rank + config.center; }
+    int        n_factor() const { return n_factor(layout->config); }
+
+    // The columns of L's and M's factors over the depth and over the lanes.
     const float * depth_factor(int k) const { return layout->side == GEAR_SIDE_K ? B + k * layout->d_head : A + k * layout->n_token; }
     const float * lane_factor(int k) const { return layout->side == GEAR_SIDE_K ? A + k * layout->n_token : B + k * layout->d_head; }
 };

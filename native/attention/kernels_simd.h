@@ -123,6 +123,16 @@ template <class V> struct kernels_for {
             prepare_column(p.tile + layout.part.a + k * T * bits / 8, T, bits, sigma, p.A + k * T);
             prepare_column(p.tile + layout.part.b + k * d * bits / 8, d, bits, 1, p.B + k * d);
         }
+        if (layout.config.center) {
+            float *          one = p.A + layout.config.rank * T, *channel_mean = p.B + layout.config.rank * d;
+            const uint16_t * mean = (const uint16_t *) (p.tile + layout.part.mean);
+            for (int i = 0; i < T; i += lanes) {
+                V::store(one + i, V::set(1));
+            }
+            for (int i = 0; i < d; i += lanes) {
+                V::store(channel_mean + i, V::load_half(mean + i));
+            }
+        }
     }
 
     static void prepare(const prepared_tile & p) {
@@ -315,7 +325,7 @@ template <class V> struct kernels_for {
 
     static void multiply_factors(const prepared_tile & p, const const_rows & x, int first_lane, int last_lane, const rows & y) {
         const int n_lane = last_lane < p.n_lane() ? last_lane : p.n_lane();
-        for (int k = 0; k < p.layout->config.rank; ++k) {
+        for (int k = 0; k < p.layout->config.rank + p.layout->config.center; ++k) {
             const float *depth_factor = p.depth_factor(k), *lane_factor = p.lane_factor(k);
             for (int i = 0; i < x.n; ++i) {
                 floats dot = V::set(0);

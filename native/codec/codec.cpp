@@ -2,6 +2,8 @@
 //
 //     X ~ D + L + S        S = Filter_s(X)      D = Quant_b(X - S)      R = X - D - S      L = A B^T = PowerIteration_r(R)
 //
+// and, where the configuration says `center`, not in the paper: X ~ M + D + L, M the mean of each channel, with X - M in the place of X.
+//
 // X is [T, d]: T tokens, d channels. What the stored bytes mean is told in tile.h; this file says how they are chosen.
 //
 // Every part is rounded to its stored form before the next one is computed, so that each sees, and mends, the errors of those before.
@@ -54,7 +56,7 @@ size_t place_workspace(const tile_layout & layout, void * scratch, workspace & w
     };
     w.X = take(n);
     w.Y = r > 0 ? take(n) : w.X;
-    w.D = r > 0 ? take(n) : nullptr;
+    w.D = r > 0 || layout.config.center ? take(n) : nullptr;
     w.A = take(r * layout.n_token);
     w.B = take(r * layout.d_head);
     for (float ** array : { &w.coder.lowest, &w.coder.highest, &w.coder.zero, &w.coder.scale, &w.coder.inverse, &w.coder.first, &w.coder.last }) {
@@ -90,6 +92,70 @@ void load(const tile_layout & layout, const float * x, const uint8_t * written, 
             }
         }
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// M, the mean of each channel
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+void load_mean(const tile_layout & layout, const uint8_t * tile, float * M) {
+    for (int c = 0; c < layout.d_head; ++c) {
+        M[c] = load_half(tile + layout.part.mean, c);
+    }
+}
+
+void store_mean(const tile_layout & layout, float * M, uint8_t * tile) {
+    to_half_range(layout.d_head, M);
+    for (int c = 0; c < layout.d_head; ++c) {
+        store_half(tile + layout.part.mean, c, float_to_half(M[c]));
+    }
+}
+
+// Mean over the rows of X [T, d] that are not absent, less that of D's where there is a D.   mean [d]
+void mean_of_rows(int T, int d, const float * X, const float * D, float * mean) {
+    int n = 0;
+    std::fill(mean, mean + d, 0.0f);
+    for (int t = 0; t < T; ++t, X += d, D += D ? d : 0) {
+        if (!std::isnan(X[0])) { // without S a row is absent as a whole or not at all
+            for (int c = 0; c < d; ++c) {
+                mean[c] += D ? X[c] - D[c] : X[c];
+            }
+            ++n;
+        }
+    }
+    for (int c = 0; c < d && n > 0; ++c) {
+        mean[c] /= (float) n;
+    }
+}
+
+// X becomes X - M. As long as a tile keeps a row it keeps its means, and kept rows come without them.
+void take_mean(const tile_layout & layout, const kept_rows * kept, float * X, uint8_t * tile) {
+    const int T = layout.n_token, d = layout.d_head;
+    float     M[max_d_head];
+    if (kept) {
+        load_mean(layout, kept->tile, M);
+    } else {
+        mean_of_rows(T, d, X, nullptr, M);
+    }
+    store_mean(layout, M, tile);
+    load_mean(layout, tile, M);
+    for (int t = 0; t < T; ++t) {
+        for (int c = 0; c < d && !(kept && kept->is_kept[t]); ++c) {
+            X[(int64_t) t * d + c] -= M[c];
+        }
+    }
+    to_half_range(T * d, X);
+}
+
+// What is left of X - M on average when D and L are taken away goes to M, too.   coded [T, d]: D + L
+void add_to_mean(const tile_layout & layout, const float * X, const float * coded, uint8_t * tile) {
+    float M[max_d_head], left[max_d_head];
+    load_mean(layout, tile, M);
+    mean_of_rows(layout.n_token, layout.d_head, X, coded, left);
+    for (int c = 0; c < layout.d_head; ++c) {
+        M[c] += left[c];
+    }
+    store_mean(layout, M, tile);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -405,7 +471,7 @@ void restore_outliers(const tile_layout & layout, const uint8_t * tile, float * 
     }
 }
 
-// D + L + S, in the basis that was coded.   X [T, d], A [r][T], B [r][d]
+// D + L + S, in the basis that was coded, without M.   X [T, d], A [r][T], B [r][d]
 void reconstruct(const tile_layout & layout, const pack_kernels & kernels, const uint8_t * tile, const group_coder & coder, float * A, float * B,
                  float * X) {
     for (int group = 0; group < layout.part.n_group; ++group) {
@@ -464,12 +530,19 @@ void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const
     load(layout, x, written, kept ? kept->is_kept : nullptr, w.X); // X
 
     std::fill_n(tile, layout.part.bytes, 0); // what lies between the parts is part of the bytes, too
+    if (layout.config.center) {
+        take_mean(layout, kept, w.X, tile); // M, and X - M
+    }
     if (layout.part.n_outlier > 0) {
         filter_outliers(layout, written, w.X, tile); // S, and X - S
     }
     quantize(layout, kernels, w.X, layout.config.rank == 0 ? kept : nullptr, w.coder, tile); // D
     if (layout.config.rank > 0) {
         add_low_rank(layout, kernels, seed, w, tile); // L
+    }
+    if (layout.config.center && !kept) {
+        reconstruct(layout, kernels, tile, w.coder, w.A, w.B, w.D);
+        add_to_mean(layout, w.X, w.D, tile);
     }
 }
 
@@ -481,8 +554,18 @@ void unpack_tile(const tile_layout & layout, const uint8_t * tile, float * xhat)
     coder.scale       = scale;
     coder.zero        = zero;
     reconstruct(layout, kernels_in_use(), tile, coder, A, B, xhat);
-    for (int t = 0; t < T && layout.config.rotate; ++t) {
-        hadamard(xhat + (int64_t) t * d, d);
+    float M[max_d_head] = {};
+    if (layout.config.center) {
+        load_mean(layout, tile, M);
+    }
+    for (int t = 0; t < T; ++t) {
+        float * row = xhat + (int64_t) t * d;
+        for (int c = 0; c < d && layout.config.center; ++c) {
+            row[c] += M[c];
+        }
+        if (layout.config.rotate) {
+            hadamard(row, d);
+        }
     }
     to_half_range(T * d, xhat);
 }

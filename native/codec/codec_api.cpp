@@ -139,7 +139,7 @@ extern "C" gear_status gear_tile_unpack(const gear_config * config, gear_side si
 }
 
 extern "C" gear_status gear_tile_parts(const gear_config * config, gear_side side, int32_t d_head, const void * tile, uint8_t * codes, float * scale,
-                                       float * zero, float * a, float * b, float * outlier_value, int32_t * outlier_index) {
+                                       float * zero, float * a, float * b, float * mean, float * outlier_value, int32_t * outlier_index) {
     return guarded([&] {
         const tile_layout layout = layout_of(config, side, d_head);
         need_tile(tile);
@@ -153,6 +153,9 @@ extern "C" gear_status gear_tile_parts(const gear_config * config, gear_side sid
         load_factors(layout, bytes, A.data(), B.data());
         write_transposed(r, layout.n_token, A.data(), a);
         write_transposed(r, d_head, B.data(), b);
+        for (int c = 0; mean && c < d_head; ++c) {
+            mean[c] = layout.part.mean < 0 ? 0.0f : half_to_float(((const uint16_t *) (bytes + layout.part.mean))[c]);
+        }
         write_outliers(layout, bytes, outlier_value, outlier_index);
     });
 }

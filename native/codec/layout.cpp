@@ -36,6 +36,13 @@ void check_side(const gear_side_config & c, const char * side) {
     if (c.rotate != 0 && c.rotate != 1) {
         fail(GEAR_ERROR_INVALID, "rotate%s must be 0 or 1, not %d", side, c.rotate);
     }
+    if (c.center != 0 && c.center != 1) {
+        fail(GEAR_ERROR_INVALID, "center%s must be 0 or 1, not %d", side, c.center);
+    }
+    if (c.center == 1 && c.sparsity > 0) {
+        fail(GEAR_ERROR_INVALID, "center%s must be 0 where there are outliers (sparsity %g): their exact values and a mean do not go together", side,
+             c.sparsity);
+    }
     check_range("rank", side, c.rank, 0, max_rank);
     check_range("rounds", "", c.rounds, 1, 16);
     check_share("sparsity", "", c.sparsity, 0.25f, true);
@@ -157,6 +164,7 @@ tile_layout make_layout(const gear_config & config, gear_side side, int d_head) 
     part.sigma         = tile.place(4 * r);
     part.a             = tile.place((int64_t) r * T * layout.config.factor_bits / 8);
     part.b             = tile.place((int64_t) r * d * layout.config.factor_bits / 8);
+    part.mean          = tile.place(layout.config.center ? 2 * d : 0);
     part.outlier_value = tile.place(2 * n_outlier);
     part.outlier_index = tile.place(n_outlier);
     part.bytes         = tile.tile_bytes();

@@ -2,6 +2,10 @@
 //
 // A tile holds T cells of one KV head, for K or for V: X [T, d]. Paper: GEAR, arXiv 2403.05527, section 3 (X ~ D + L + S).
 //
+// M (`center`; ours, not the paper's): each channel's mean over the tile's written cells, f16 [d], in the basis that is coded. Everything below then
+// describes X - M. A tile has M or S, not both. When attention averages over tokens, errors of either sign cancel but a channel's mean error stays: so the
+// mean of what D and L lose is added to M at the end.
+//
 // Groups. K is quantized per channel: a group is `group` consecutive tokens of one channel. V is quantized per token: a group is `group` consecutive
 // channels of one token (the last group of a head may be shorter). Each group has a scale and a zero:   D = zero + scale * code.
 //

@@ -69,6 +69,7 @@ typedef struct gear_side_config {
     int32_t factor_bits; // bits of an entry of A and B: 8 or 4
     int32_t rounds;      // alternating rounds D = Q(X - L), L = lowrank(X - D); 1 is the paper's GEAR
     int32_t rotate;      // 1: a Hadamard rotation over the head's channels before coding (undone on the query side)
+    int32_t center;      // 1: each channel's mean over the tile is taken out before coding and kept as f16; not together with S
     float   sparsity;    // s of S: share of each vector kept exactly, half at the top, half at the bottom; 0: no S
     float   clip;        // shrink each group's range about its middle to this share before coding, (0, 1]; 1: no clipping
 } gear_side_config;
@@ -114,6 +115,7 @@ typedef struct gear_tile_layout {
     int64_t sigma;         // f32  [r]                scale of each column of L
     int64_t a;             // s8 or 4 bits [r][T]
     int64_t b;             // s8 or 4 bits [r][d]
+    int64_t mean;          // f16  [d]
     int64_t outlier_value; // f16  [n_vector][n_outlier]
     int64_t outlier_index; // u8   [n_vector][n_outlier]
     int32_t n_lane;        // lanes of the code planes: K: T; V: d rounded up to 32
@@ -133,14 +135,14 @@ GEAR_API gear_status gear_tile_describe(const gear_config * config, gear_side si
 //   tile    gear_tile_layout.bytes bytes, 64-byte aligned
 GEAR_API gear_status gear_tile_pack(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written, void * tile);
 
-// X^ = D + L with S restored exactly.   x f32 [T, d_head]
+// X^ = M + D + L with S restored exactly.   x f32 [T, d_head]
 GEAR_API gear_status gear_tile_unpack(const gear_config * config, gear_side side, int32_t d_head, const void * tile, float * x);
 
 // The parts of a packed tile as plain numbers, for tests and the torch reference. Any pointer may be NULL.
 //   codes u8 [T, d]   scale, zero f32 [n_group] in the tile's order   a f32 [T, r]   b f32 [d, r] (sigma folded into a)
-//   outlier_value f32 [n_vector, n_outlier]   outlier_index i32 [n_vector, n_outlier]
+//   mean f32 [d] (zeros without `center`)   outlier_value f32 [n_vector, n_outlier]   outlier_index i32 [n_vector, n_outlier]
 GEAR_API gear_status gear_tile_parts(const gear_config * config, gear_side side, int32_t d_head, const void * tile, uint8_t * codes, float * scale,
-                                     float * zero, float * a, float * b, float * outlier_value, int32_t * outlier_index);
+                                     float * zero, float * a, float * b, float * mean, float * outlier_value, int32_t * outlier_index);
 
 // Kernel levels that this machine can run, best first: "avx512vnni", "avx2", "neon", "scalar". NULL past the end.
 GEAR_API const char * gear_simd_name(int32_t i);

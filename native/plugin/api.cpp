@@ -44,6 +44,8 @@ void set_field(gear_config & c, const std::string & name, const std::string & va
         { "rounds", &c.k.rounds, nullptr, &c.v.rounds },
         { "rotate_k", &c.k.rotate, nullptr },
         { "rotate_v", &c.v.rotate, nullptr },
+        { "center_k", &c.k.center, nullptr },
+        { "center_v", &c.v.center, nullptr },
         { "clip_k", nullptr, &c.k.clip },
         { "clip_v", nullptr, &c.v.clip },
         { "sparsity", nullptr, &c.k.sparsity },
@@ -101,9 +103,10 @@ gear_config config_from_environment() {
 extern "C" {
 
 gear_config gear_config_default(void) {
-    const gear_side_config side = { 4, 0, 8, 0, 8, 1, 0, 0.0f, 1.0f };
+    const gear_side_config side = { 4, 0, 8, 0, 8, 1, 1, 0, 0.0f, 1.0f };
     gear_config            c    = { side, side, 256, 128, 4, 1 };
     c.k.group                   = 32;
+    c.v.center                  = 1;
     return c;
 }
 

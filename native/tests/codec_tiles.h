@@ -48,7 +48,7 @@ struct tile_case;
 // gear_tile_parts, and the tile that they describe.
 struct tile_parts {
     std::vector<uint8_t> codes;
-    numbers              scale, zero, a, b, outlier_value;
+    numbers              scale, zero, a, b, mean, outlier_value;
     std::vector<int32_t> outlier_index;
     numbers              reconstruction(const tile_case & c) const;
 };
@@ -81,9 +81,10 @@ struct tile_case {
         p.zero.resize(layout.part.n_group);
         p.a.resize(T() * r);
         p.b.resize(d() * r);
+        p.mean.resize(d());
         p.outlier_value.resize(n_outlier);
         p.outlier_index.resize(n_outlier);
-        CHECK(gear_tile_parts(&config, side, d(), tile.data(), p.codes.data(), p.scale.data(), p.zero.data(), p.a.data(), p.b.data(),
+        CHECK(gear_tile_parts(&config, side, d(), tile.data(), p.codes.data(), p.scale.data(), p.zero.data(), p.a.data(), p.b.data(), p.mean.data(),
                               p.outlier_value.data(), p.outlier_index.data()) == GEAR_OK);
         return p;
     }
@@ -102,7 +103,7 @@ inline numbers tile_parts::reconstruction(const tile_case & c) const {
         for (int k = 0; k < r; ++k) {
             low_rank += a[t * r + k] * b[channel * r + k];
         }
-        x[i] = zero[g] + scale[g] * (float) codes[i] + low_rank;
+        x[i] = zero[g] + scale[g] * (float) codes[i] + low_rank + mean[channel];
     }
     for (int i = 0; i < (int) outlier_index.size(); ++i) {
         const int vector = i / n_outlier, index = outlier_index[i];

@@ -47,8 +47,8 @@ struct shape {
 
 gear_config config_of(int bits_k, int bits_v, int tile = 128) {
     gear_config config = {};
-    config.k           = { bits_k, 32, 8, 0, 8, 1, 0, 0.0f, 1.0f };
-    config.v           = { bits_v, 0, 8, 0, 8, 1, 0, 0.0f, 1.0f };
+    config.k           = { bits_k, 32, 8, 0, 8, 1, 0, 0, 0.0f, 1.0f };
+    config.v           = { bits_v, 0, 8, 0, 8, 1, 0, 0, 0.0f, 1.0f };
     config.tile        = tile;
     config.seed        = 1;
     return config;
@@ -487,7 +487,11 @@ void test_parts_of_the_codec() {
         attend("plain", config, 128);
         config.k.rotate = config.v.rotate = 1;
         attend("rotation", config, 96);
+        config.k.center = config.v.center = 1;
+        attend("means", config, 112);
         config.k.rank = config.v.rank = 3;
+        attend("means and low rank", config, 48);
+        config.k.center = config.v.center = 0;
         attend("low rank", config, 80);
         config.k.factor_bits = config.v.factor_bits = 4;
         attend("low rank in 4 bits", config, 64);
@@ -567,6 +571,7 @@ gear_side_config random_side(int tile, bool is_k) {
     side.rounds           = one_of({ 1, 2 });
     side.rotate           = whole(0, 1);
     side.sparsity         = one_of({ 0.0f, 0.0f, 0.02f, 0.25f });
+    side.center           = side.sparsity > 0 ? 0 : whole(0, 1);
     side.clip             = one_of({ 1.0f, 0.9f });
     return side;
 }

@@ -202,6 +202,36 @@ static void test_rotation() {
     CHECK(signal_to_noise(x, with.unpack(with.pack(x))) > signal_to_noise(x, without.unpack(without.pack(x))) + 3);
 }
 
+// Channels that lie far apart cost V's tokens nothing once their means are taken out, and of every channel the mean over the tile comes back to f16.
+static void test_means() {
+    for_each_side([&](gear_side side) {
+        for (const int rotate : { 0, 1 }) {
+            gear_config plain = plain_config(3, 8), centered = plain;
+            centered.k.center = centered.v.center = 1;
+            plain.k.rotate = plain.v.rotate = centered.k.rotate = centered.v.rotate = rotate;
+            const tile_case without(plain, side, 64), with(centered, side, 64);
+            numbers         x = gaussian(with.size(), check::seed());
+            for (int i = 0; i < with.size(); ++i) {
+                x[i] += 5.0f * (float) (i % 64 % 7);
+            }
+            std::vector<uint8_t> written(with.T(), 1);
+            written[3] = written[200] = 0;
+            const numbers xhat        = with.unpack(with.pack(x, written.data()));
+            for (int c = 0; c < 64; ++c) {
+                double difference = 0;
+                for (int t = 0; t < with.T(); ++t) {
+                    difference += written[t] ? xhat[t * 64 + c] - x[t * 64 + c] : 0.0;
+                }
+                CHECK(std::fabs(difference / (with.T() - 2)) < 0.03); // f16 at the size of the rotated means
+            }
+            if (side == GEAR_SIDE_V) {
+                const double gain = signal_to_noise(x, with.unpack(with.pack(x))) - signal_to_noise(x, without.unpack(without.pack(x)));
+                CHECK(gain > (rotate ? 3 : 12));
+            }
+        }
+    });
+}
+
 // A clipped range gives up its ends for the others: at 2 bits the error of a Gaussian falls.
 static void test_clip() {
     for_each_side([&](gear_side side) {
@@ -472,10 +502,11 @@ static void test_kept_rows_stay() {
     uint32_t seed = check::seed();
     for (const int bits : { 2, 3, 4, 7 }) {
         for (const int scale_bits : { 8, 16 }) {
-            for (const int rotate : { 0, 1 }) {
+            for (const int variant : { 0, 1, 2, 3 }) {
                 for_each_side([&](gear_side side) {
                     gear_config config = plain_config(bits, scale_bits);
-                    config.k.rotate = config.v.rotate = rotate;
+                    config.k.rotate = config.v.rotate = variant & 1;
+                    config.k.center = config.v.center = variant >> 1;
                     const tile_case            c(config, side, 80);
                     const numbers              x   = cache_like(c, ++seed), nothing(c.size(), NAN);
                     const bytes                old = c.pack(x);
@@ -613,14 +644,20 @@ static void test_bad_configs() {
         { "rank_v must be", [](gear_config & c) { c.v.rank             = -1; } },
         { "rounds must be", [](gear_config & c) { c.k.rounds           = 0; } },
         { "rotate_v must be", [](gear_config & c) { c.v.rotate         = 2; } },
-        { "sparsity must be", [](gear_config & c) { c.k.sparsity       = 0.5f; } },
-        { "sparsity must be", [](gear_config & c) { c.k.sparsity       = -0.01f; } },
-        { "sparsity must be", [](gear_config & c) { c.v.sparsity       = NAN; } },
-        { "clip_k must be", [](gear_config & c) { c.k.clip             = 0; } },
-        { "clip_v must be", [](gear_config & c) { c.v.clip             = 1.5f; } },
-        { "clip_v must be", [](gear_config & c) { c.v.clip             = NAN; } },
-        { "n_tail must be", [](gear_config & c) { c.n_tail             = -1; } },
-        { "n_sink must be", [](gear_config & c) { c.n_sink             = -1; } },
+        { "center_k must be", [](gear_config & c) { c.k.center         = 3; } },
+        { "center_v must be 0 where there are outliers",
+          [](gear_config & c) {
+              c.v.center   = 1;
+              c.v.sparsity = 0.02f;
+          } },
+        { "sparsity must be", [](gear_config & c) { c.k.sparsity = 0.5f; } },
+        { "sparsity must be", [](gear_config & c) { c.k.sparsity = -0.01f; } },
+        { "sparsity must be", [](gear_config & c) { c.v.sparsity = NAN; } },
+        { "clip_k must be", [](gear_config & c) { c.k.clip       = 0; } },
+        { "clip_v must be", [](gear_config & c) { c.v.clip       = 1.5f; } },
+        { "clip_v must be", [](gear_config & c) { c.v.clip       = NAN; } },
+        { "n_tail must be", [](gear_config & c) { c.n_tail       = -1; } },
+        { "n_sink must be", [](gear_config & c) { c.n_sink       = -1; } },
     };
     for (const auto & bad : cases) {
         gear_config config = plain_config(4, 8);
@@ -679,6 +716,7 @@ static void test_extreme_values() {
         k.rounds                  = one_of(random, { 1, 3 });
         k.rotate                  = one_of(random, { 0, 1 });
         k.sparsity                = one_of(random, { 0.0f, 0.02f, 0.25f });
+        k.center                  = k.sparsity > 0 ? 0 : one_of(random, { 0, 1 });
         k.clip                    = one_of(random, { 1.0f, 0.5f });
         config.v                  = k;
         const tile_case c(config, one_of(random, { GEAR_SIDE_K, GEAR_SIDE_V }), one_of(random, { 32, 48, 128, 256 }));
@@ -709,6 +747,7 @@ int main() {
         test_fixed_point();
         test_ranges_cover();
         test_rotation();
+        test_means();
         test_clip();
         test_exact_rank();
         test_low_rank_helps();

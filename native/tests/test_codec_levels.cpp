@@ -14,6 +14,7 @@ static gear_config random_config(std::mt19937 & random) {
     config.k.rounds      = one_of(random, { 1, 1, 2 });
     config.k.rotate      = one_of(random, { 0, 0, 1 });
     config.k.sparsity    = one_of(random, { 0.0f, 0.0f, 0.03f });
+    config.k.center      = config.k.sparsity > 0 ? 0 : one_of(random, { 0, 1 });
     config.k.clip        = one_of(random, { 1.0f, 1.0f, 0.8f });
     config.v             = config.k;
     return config;

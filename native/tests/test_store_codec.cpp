@@ -13,7 +13,7 @@ namespace {
 constexpr int d_head = 64, tile = 64, n_head = 2, n_embd = n_head * d_head;
 
 gear_side_config side_config(int bits, int group, int rank, float sparsity) {
-    return { bits, group, 8, rank, 8, 1, 0, sparsity, 1.0f };
+    return { bits, group, 8, rank, 8, 1, 0, 0, sparsity, 1.0f };
 }
 
 gear_config config_of(int rank, float sparsity, int n_tail, int n_sink) {

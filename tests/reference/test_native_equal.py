@@ -1,5 +1,6 @@
 """The native codec against its PyTorch twin: the same input and configuration give the same codes, scales, zeros, factors and outliers."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from gearcpp.reference.methods.native import native_gear, pack, side_config, til
 from gearcpp.reference.methods.quantizers import kivi, round_to_nearest  # noqa: E402
 
 SIDES = ("k", "v")
+PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False)  # D, L and S alone
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,7 @@ def random_config(random: np.random.Generator) -> GearConfig:
     def pick(*values):
         return values[random.integers(len(values))]
 
+    sparsity = pick(0.0, 0.02, 0.1)
     return GearConfig(
         bits_k=pick(2, 3, 4, 5, 6, 7),
         bits_v=pick(2, 3, 4, 5, 6, 7),
@@ -63,7 +66,9 @@ def random_config(random: np.random.Generator) -> GearConfig:
         rounds=pick(1, 2, 3),
         rotate_k=pick(False, True),
         rotate_v=pick(False, True),
-        sparsity=pick(0.0, 0.02, 0.1),
+        center_k=sparsity == 0 and pick(False, True),
+        center_v=sparsity == 0 and pick(False, True),
+        sparsity=sparsity,
         clip_k=pick(1.0, 0.9),
         clip_v=pick(1.0, 0.8),
         tile=pick(64, 128, 256),
@@ -145,7 +150,7 @@ def test_error_on_a_normal_tile_lies_between_bounds(bits, share, side, rng):
 
 def test_without_terms_it_is_kivi_up_to_where_scales_are_rounded(rng):
     x = torch.randn(3, 256, 64, generator=rng)
-    config = GearConfig(bits_k=2, bits_v=2, group_k=64, group_v=32, scale_bits=16)
+    config = replace(PLAIN, bits_k=2, bits_v=2, group_k=64, group_v=32, scale_bits=16)
     for side, group in (("k", 64), ("v", 32)):
         ours, theirs = native_gear(x, side, config), kivi(x, side, 2, group)
         # Scales are rounded up here and to nearest there: a value on the border of two codes may differ by a step, others by a rounding.
@@ -157,7 +162,7 @@ def test_low_rank_and_outliers_help_every_tile(rng):
     x = torch.randn(4, 128, 64, generator=rng) + 2 * torch.randn(4, 128, 2, generator=rng) @ torch.randn(4, 2, 64, generator=rng)
     spiked = x.clone()
     spiked[:, 17, 3] = 300.0
-    base = GearConfig(bits_k=2, bits_v=2, group_k=0, group_v=0, tile=128)
+    base = replace(PLAIN, bits_k=2, bits_v=2, group_k=0, group_v=0, tile=128)
 
     def errors(x, side, **changes):
         return (native_gear(x, side, replace(base, **changes)).xhat - x).square().sum((-1, -2))
@@ -170,10 +175,20 @@ def test_low_rank_and_outliers_help_every_tile(rng):
 
 def test_rounds_move_an_exactly_low_rank_tile_from_d_to_l(rng):
     x = torch.randn(128, 2, generator=rng) @ torch.randn(2, 64, generator=rng)
-    base = GearConfig(bits_k=2, bits_v=2, group_k=0, tile=128)
+    base = replace(PLAIN, bits_k=2, bits_v=2, group_k=0, tile=128)
     plain = (native_gear(x, "k", base).xhat - x).square().sum()
     modelled = (native_gear(x, "k", replace(base, rank_k=2, rounds=8)).xhat - x).square().sum()
     assert modelled < plain / 2
+
+
+def test_centering_keeps_every_channels_mean(rng):
+    x = torch.randn(3, 256, 64, generator=rng) + 5 * (torch.arange(64) % 7)
+    for side in SIDES:
+        plain = replace(PLAIN, bits_k=2, bits_v=2)
+        centered = replace(plain, center_k=True, center_v=True)
+        without, with_means = (native_gear(x, side, config).xhat - x for config in (plain, centered))
+        assert with_means.mean(-2).abs().max() < 0.01 < without.mean(-2).abs().max()  # what is left is f16's rounding of a mean near 30
+        assert side == "k" or with_means.square().mean() < without.square().mean() / 20
 
 
 def test_three_bits_have_eight_levels(rng):
@@ -187,7 +202,7 @@ def test_three_bits_have_eight_levels(rng):
 def test_zero_and_scale_are_rounded_outwards(rng):
     x = torch.randn(5, 128, 64, generator=rng)
     for scale_bits in (8, 16):
-        config = GearConfig(scale_bits=scale_bits, group_k=32, tile=128)
+        config = replace(PLAIN, scale_bits=scale_bits, group_k=32, tile=128)
         parts = pack(x, side_config(config, "k", 64))
         groups = x.unflatten(-2, (4, 32))  # [5, group, 32, d]
         zero, scale = parts.zero.unflatten(-1, (4, 64)), parts.scale.unflatten(-1, (4, 64))
@@ -199,7 +214,7 @@ def test_zero_and_scale_are_rounded_outwards(rng):
 def test_packing_twice_changes_nothing(rng):
     for side in SIDES:
         for scale_bits in (8, 16):
-            config = GearConfig(scale_bits=scale_bits, tile=64)
+            config = replace(PLAIN, scale_bits=scale_bits, tile=64)
             once = native_gear(torch.randn(6, 64, 64, generator=rng), side, config).xhat
             assert torch.equal(native_gear(once, side, config).xhat, once)
 
@@ -208,8 +223,9 @@ def test_cells_never_written_have_no_say(rng):
     x = torch.randn(2, 64, 64, generator=rng)
     written = torch.rand(64, generator=rng) < 0.5
     noise = torch.where(written.unsqueeze(-1), x, 1e4 * torch.randn(2, 64, 64, generator=rng))
-    for side in SIDES:
-        config = GearConfig(rank_k=2, rank_v=2, sparsity=0.1, tile=64)
+    outliers = replace(PLAIN, rank_k=2, rank_v=2, sparsity=0.1, tile=64)
+    means = GearConfig(rank_k=2, rank_v=2, center_k=True, tile=64)
+    for side, config in itertools.product(SIDES, (outliers, means)):
         one, other = (native_gear(tile, side, config, written).xhat[:, written] for tile in (x, noise))
         assert torch.equal(one, other)
 
@@ -217,8 +233,8 @@ def test_cells_never_written_have_no_say(rng):
 def test_bytes_by_hand():
     # K, 4 bits, groups of 32 of 256 tokens, 8-bit scales: codes, 2 bytes a group, f16 extremes of 64 channels.
     assert tile_bytes(side_config(GearConfig(), "k", 64)) == 256 * 64 // 2 + 2 * 8 * 64 + 2 * 2 * 64
-    # V, one group a token: codes, 2 bytes a token, one pair of extremes, each part filled up to 16 bytes; the whole to 64.
-    assert tile_bytes(side_config(GearConfig(), "v", 64)) == 256 * 64 // 2 + 2 * 256 + 64
+    # V, one group a token: codes, 2 bytes a token, one pair of extremes, each part filled up to 16 bytes, f16 means; the whole to 64.
+    assert tile_bytes(side_config(GearConfig(), "v", 64)) == 256 * 64 // 2 + 2 * 256 + 2 * 16 + 2 * 64 + 32
     # The paper's 2 bits: f16 scales, r = 4 in 8 bits with f32 sigmas, S: round(0.01 * 256) = 3 at either end of 64 channels.
     paper = PRESETS["gear-paper2"]
     assert tile_bytes(side_config(paper, "k", 64)) == 256 * 64 // 4 + 4 * 4 * 64 + 16 + 4 * (256 + 64) + 64 * 6 * 3 + 48
@@ -227,7 +243,7 @@ def test_bytes_by_hand():
 def test_same_backbone_as_round_to_nearest_on_a_grid():
     # Values that are whole multiples of the step within every group come back exactly from either.
     x = torch.arange(16.0).repeat(4)[:, None].expand(64, 32).contiguous()
-    config = GearConfig(scale_bits=16, group_k=32, tile=64)
+    config = replace(PLAIN, scale_bits=16, group_k=32, tile=64)
     assert torch.equal(native_gear(x, "k", config).xhat, x)
     assert torch.equal(round_to_nearest(x, 4, -2, 32).xhat, x)
 

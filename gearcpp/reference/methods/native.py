@@ -2,6 +2,8 @@
 
     X ~ D + L + S        S = Filter_s(X)      D = Quant_b(X - S)      R = X - D - S      L = A B^T = PowerIteration_r(R)
 
+and, with ``center``, X ~ M + D + L: M is the mean of each channel over the tile, and X - M takes the place of X.
+
 The native code is compared with this: codes, scales, zeros, factors and outliers are equal to what it stores (native/codec/tile.h), because every step is
 float32, rounds in the same places and adds up in the same order. Where it differs from GEAR as published (`gearcpp.reference.methods.gear`): T tokens of
 one head at a time, scales and zeros in 8 bits against the extremes of their set and rounded outwards, factors in 8 or 4 bits, a fixed count of outliers
@@ -41,6 +43,7 @@ class SideConfig(NamedTuple):
     factor_bits: int
     rounds: int
     rotate: bool
+    center: bool
     clip: float
     n_outlier: int  # of each vector, both ends together
     seed: int
@@ -64,7 +67,7 @@ class SideConfig(NamedTuple):
 class Parts(NamedTuple):
     """The parts of a packed tile, as ``gearcpp._native.tile_parts`` gives them.
 
-    codes [..., T, d]; scale and zero [..., n_group]; a [..., T, r] with sigma in it; b [..., d, r];
+    codes [..., T, d]; scale and zero [..., n_group]; a [..., T, r] with sigma in it; b [..., d, r]; mean [..., d], zeros without ``center``;
     outlier_value and outlier_index [..., n_vector, n_outlier], vectors being the channels of K and the tokens of V.
     """
 
@@ -73,6 +76,7 @@ class Parts(NamedTuple):
     zero: Tensor
     a: Tensor
     b: Tensor
+    mean: Tensor
     outlier_value: Tensor
     outlier_index: Tensor
 
@@ -103,6 +107,7 @@ def side_config(config: GearConfig, side: str, d_head: int) -> SideConfig:
         factor_bits=config.factor_bits,
         rounds=config.rounds,
         rotate=bool(getattr(config, f"rotate_{side}")),
+        center=bool(getattr(config, f"center_{side}")),
         clip=getattr(config, f"clip_{side}"),
         n_outlier=2 * outliers_per_side(config.sparsity, length),
         seed=config.seed,
@@ -119,8 +124,9 @@ def tile_bytes(side: SideConfig) -> int:
     scales = [n_group * side.scale_bits // 8] * 2
     extremes = [2 * n_set] * 2 if side.scale_bits == 8 else []
     factors = [4 * side.rank, side.rank * n_token * side.factor_bits // 8, side.rank * d * side.factor_bits // 8]
+    means = [2 * d] if side.center else []
     outliers = [2 * n_vector * side.n_outlier, n_vector * side.n_outlier]
-    return _aligned(sum(_aligned(part, PART_ALIGN) for part in planes + scales + extremes + factors + outliers), TILE_ALIGN)
+    return _aligned(sum(_aligned(part, PART_ALIGN) for part in planes + scales + extremes + factors + means + outliers), TILE_ALIGN)
 
 
 def native_gear(x: Tensor, side: str, config: GearConfig, written: Tensor | None = None) -> Coded:
@@ -145,24 +151,30 @@ def pack(x: Tensor, side: SideConfig, written: Tensor | None = None) -> Parts:
         x = hadamard(x).clamp(-HALF_MAX, HALF_MAX)
     if written is not None:
         x = x.masked_fill(~written.unsqueeze(-1), math.nan)  # NaN marks an entry that D and L need not describe
+    mean = _mean_of_rows(x).half().float() if side.center else torch.zeros_like(x[..., 0, :])
+    x = (x - mean.unsqueeze(-2)).clamp(-HALF_MAX, HALF_MAX)
     value, index, rest = _filter_outliers(x, side, written)
     dense = _quantize(rest, side)
     a, b = x.new_zeros(*x.shape[:-2], side.rank, side.n_token), x.new_zeros(*x.shape[:-2], side.rank, side.d_head)
     if side.rank:
         dense, a, b = _add_low_rank(rest, dense, side)
+    if side.center:  # the mean of what D and L lose: attention averages over tokens, where it would stay
+        lost = rest - (_decode(dense, side) + _product(a, b))
+        mean = (mean + _mean_of_rows(lost)).clamp(-HALF_MAX, HALF_MAX).half().float()
     return Parts(
         codes=_from_groups(dense.codes, side),
         scale=dense.scale.flatten(-2),
         zero=dense.zero.flatten(-2),
         a=a.transpose(-1, -2),
         b=b.transpose(-1, -2),
+        mean=mean,
         outlier_value=value,
         outlier_index=index,
     )
 
 
 def unpack(parts: Parts, side: SideConfig) -> Tensor:
-    """X^ = D + L with S restored exactly, [..., T, d]."""
+    """X^ = M + D + L with S restored exactly, [..., T, d]."""
     shape = (-1, side.d_head) if side.is_k else (-1, side.n_token)
     dense = _Dense(_to_groups(parts.codes, side), parts.scale.unflatten(-1, shape), parts.zero.unflatten(-1, shape))
     x = _decode(dense, side) + _product(parts.a.transpose(-1, -2), parts.b.transpose(-1, -2))
@@ -170,8 +182,22 @@ def unpack(parts: Parts, side: SideConfig) -> Tensor:
         vectors = x.transpose(-1, -2) if side.is_k else x
         vectors = vectors.scatter(-1, parts.outlier_index, parts.outlier_value)
         x = vectors.transpose(-1, -2) if side.is_k else vectors
+    x = x + parts.mean.unsqueeze(-2)
     x = hadamard(x) if side.rotate else x
     return x.clamp(-HALF_MAX, HALF_MAX).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+# M
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _mean_of_rows(x: Tensor) -> Tensor:
+    """[..., d]: the mean over the rows of x [..., T, d] that are not NaN, added up from the first to the last; 0 where there are none."""
+    total = torch.zeros_like(x[..., 0, :])
+    for row in x.nan_to_num(nan=0.0).unbind(-2):
+        total = total + row
+    return total / (~x.isnan()).sum(-2).clamp_min(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------

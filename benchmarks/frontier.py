@@ -34,6 +34,7 @@ from gearcpp.reference.methods.tensors import Coded, half
 TAIL = 256  # tokens: a query reads its own stretch exactly
 N_SINK = 4
 BUDGETS = (2.5, 3.5, 4.5, 6.2)  # bits per element, mean of K and V
+PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False)  # what the settings below add to
 SHARED = ("scale_bits", "factor_bits", "rounds", "sparsity", "tile")  # fields of a GearConfig that hold for both sides
 
 Code = Callable[[str, Tensor], Coded]  # side, tiles [..., T, d]
@@ -151,10 +152,10 @@ class Meter:
 
 
 def of_config(sides: str, name: str | None = None, **changes: object) -> Setting:
-    """A `GearConfig` on one side or both; ``bits``, ``group``, ``rank``, ``rotate`` and ``clip`` mean those of the sides coded."""
-    per_side = {"bits", "group", "rank", "rotate", "clip"}
+    """A `GearConfig` on one side or both; ``bits``, ``group``, ``rank``, ``rotate``, ``center`` and ``clip`` mean those of the sides coded."""
+    per_side = {"bits", "group", "rank", "rotate", "center", "clip"}
     named = {f"{key}_{side}": value for key, value in changes.items() if key in per_side for side in sides}
-    config = GearConfig(**named, **{key: value for key, value in changes.items() if key not in per_side})
+    config = PLAIN.replace(**named, **{key: value for key, value in changes.items() if key not in per_side})
     label = name or " ".join(f"{key}={value:g}" for key, value in changes.items())
     return Setting(label, sides, lambda side, x: native_gear(x, side, config), config.tile, config)
 
@@ -187,10 +188,10 @@ def key_settings() -> Iterator[Setting]:
 
 def value_settings() -> Iterator[Setting]:
     """V alone."""
-    for bits, group, rotated in itertools.product((2, 3, 4, 5, 6), (32, 0), ({}, {"rotate": True})):
-        yield of_config("v", bits=bits, group=group, **rotated)
+    for bits, group, rotated, centered in itertools.product((2, 3, 4, 5, 6), (32, 0), ({}, {"rotate": True}), ({}, {"center": True})):
+        yield of_config("v", bits=bits, group=group, **rotated, **centered)
         for clip in CLIPS.get(bits, ()):
-            yield of_config("v", bits=bits, group=group, **rotated, clip=clip)
+            yield of_config("v", bits=bits, group=group, **rotated, **centered, clip=clip)
     for bits in (2, 3, 4):
         for rank in (1, 2, 4):
             yield of_config("v", bits=bits, group=0, rank=rank, factor_bits=4, rounds=3)
@@ -198,13 +199,11 @@ def value_settings() -> Iterator[Setting]:
         yield of_config("v", bits=bits, group=0, rotate=True, rank=1, factor_bits=4, rounds=3)
         for clip in CLIPS[bits][:2]:
             yield of_config("v", bits=bits, group=0, rotate=True, clip=clip, rank=1, factor_bits=4, rounds=3)
-            yield without_mean(bits=bits, group=0, rotate=True, clip=clip)
         yield of_config("v", bits=bits, group=0, sparsity=0.02)
         yield of_config("v", bits=bits, group=0, scale_bits=16)
         yield of_config("v", bits=bits, group=0, tile=128)
+        yield of_config("v", bits=bits, group=0, rotate=True, center=True, rank=1, factor_bits=4, rounds=3)
         yield searched_clip("v", bits=bits, group=0)
-        yield without_mean(bits=bits, group=0)
-        yield without_mean(bits=bits, group=32)
 
 
 def rival_settings() -> Iterator[Setting]:
@@ -238,22 +237,6 @@ def searched_clip(side: str, bits: int, group: int) -> Setting:
         return Coded(chosen.squeeze(0).reshape(x.shape), settings[0].code(side, x).n_bytes)
 
     return plain(f"bits={bits} group={group} clip searched", side, code)
-
-
-def without_mean(**changes: object) -> Setting:
-    """V with the tile's mean of each channel taken out first and kept in f16, together with the mean of what coding then loses.
-
-    Attention averages over tokens: errors of either sign cancel, but a channel's mean error stays.
-    """
-    setting = of_config("v", **changes)
-
-    def code(side: str, x: Tensor) -> Coded:
-        mean = half(x.mean(-2, keepdim=True))
-        coded = setting.code(side, x - mean)
-        kept = half(mean + (x - mean - coded.xhat).mean(-2, keepdim=True))
-        return Coded(coded.xhat + kept, coded.n_bytes + 2 * mean.numel())
-
-    return plain(f"{setting.name} mean kept", "v", code)
 
 
 def best_pairs(results: list[Result], budget: float, count: int = 4) -> list[Setting]:

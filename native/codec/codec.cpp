@@ -115,13 +115,18 @@ void store_mean(const tile_layout & layout, float * M, uint8_t * tile) {
 void mean_of_rows(int T, int d, const float * X, const float * D, float * mean) {
     int n = 0;
     std::fill(mean, mean + d, 0.0f);
-    for (int t = 0; t < T; ++t, X += d, D += D ? d : 0) {
-        if (!std::isnan(X[0])) { // without S a row is absent as a whole or not at all
-            for (int c = 0; c < d; ++c) {
-                mean[c] += D ? X[c] - D[c] : X[c];
-            }
-            ++n;
+    for (int t = 0; t < T; ++t, X += d) {
+        if (std::isnan(X[0])) { // without S a row is absent as a whole or not at all
+            continue;
         }
+        const float * model = D + (int64_t) t * d;
+        for (int c = 0; c < d && D; ++c) {
+            mean[c] += X[c] - model[c];
+        }
+        for (int c = 0; c < d && !D; ++c) {
+            mean[c] += X[c];
+        }
+        ++n;
     }
     for (int c = 0; c < d && n > 0; ++c) {
         mean[c] /= (float) n;
@@ -393,6 +398,23 @@ void add_product_scalar(int T, int d, int r, const float * A, const float * B, f
     }
 }
 
+void hadamard_scalar(float * x, int d) {
+    const int   block = d & -d; // the largest power of two that divides d
+    const float norm  = 1.0f / std::sqrt((float) block);
+    for (int half = 1; half < block; half *= 2) {
+        for (int i = 0; i < d; i += 2 * half) {
+            for (int j = i; j < i + half; ++j) {
+                const float sum = x[j] + x[j + half], difference = x[j] - x[j + half];
+                x[j]        = sum;
+                x[j + half] = difference;
+            }
+        }
+    }
+    for (int i = 0; i < d; ++i) {
+        x[i] *= norm;
+    }
+}
+
 // Algorithm 2 orthonormalizes in its last pass only. Doing so in each spans the same spaces, and keeps the small directions apart in f32.
 void power_iteration(const tile_layout & layout, const pack_kernels & kernels, uint32_t seed, const float * R, float * A, float * B) {
     const int     T = layout.n_token, d = layout.d_head, r = layout.config.rank;
@@ -505,9 +527,8 @@ const pack_kernels & kernels_in_use() {
 
 } // namespace
 
-const pack_kernels pack_kernels_scalar = {
-    extremes_scalar, encode_scalar, decode_scalar, multiply_scalar, multiply_transposed_scalar, add_product_scalar
-};
+const pack_kernels pack_kernels_scalar = { extremes_scalar,    encode_scalar,  decode_scalar, multiply_scalar, multiply_transposed_scalar,
+                                           add_product_scalar, hadamard_scalar };
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // The tile
@@ -585,20 +606,7 @@ uint8_t code_of(const tile_layout & layout, const uint8_t * tile, int token, int
 }
 
 void hadamard(float * x, int d) {
-    const int   block = d & -d; // the largest power of two that divides d
-    const float norm  = 1.0f / std::sqrt((float) block);
-    for (int half = 1; half < block; half *= 2) {
-        for (int i = 0; i < d; i += 2 * half) {
-            for (int j = i; j < i + half; ++j) {
-                const float sum = x[j] + x[j + half], difference = x[j] - x[j + half];
-                x[j]        = sum;
-                x[j + half] = difference;
-            }
-        }
-    }
-    for (int i = 0; i < d; ++i) {
-        x[i] *= norm;
-    }
+    kernels_in_use().hadamard(x, d);
 }
 
 } // namespace gear

@@ -30,6 +30,8 @@ struct pack_kernels {
     void (*multiply_transposed)(int T, int d, int r, const float * R, const float * A, float * B);
     // out = x + sign * A B^T:   x, out [T, d]
     void (*add_product)(int T, int d, int r, const float * A, const float * B, float sign, const float * x, float * out);
+    // hadamard of codec.h
+    void (*hadamard)(float * x, int d);
 };
 
 extern const pack_kernels pack_kernels_scalar, pack_kernels_avx2, pack_kernels_avx512vnni, pack_kernels_neon;

@@ -291,7 +291,58 @@ void add_product(int T, int d, int r, const float * A, const float * B, float si
     }
 }
 
-constexpr pack_kernels kernels_of_this_level = { extremes, encode, decode, multiply, multiply_transposed, add_product };
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// Rotation
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+typedef float   floats16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t ints16 __attribute__((vector_size(64)));
+
+// One step of the butterfly within 16 numbers: sums where bit `half` of the index is 0, differences where it is 1.
+template <int half> void butterfly(floats16 & x) {
+#if defined(__clang__)
+    const floats16 partner = __builtin_shufflevector(x, x, 0 ^ half, 1 ^ half, 2 ^ half, 3 ^ half, 4 ^ half, 5 ^ half, 6 ^ half, 7 ^ half, 8 ^ half,
+                                                     9 ^ half, 10 ^ half, 11 ^ half, 12 ^ half, 13 ^ half, 14 ^ half, 15 ^ half);
+#else
+    const ints16   index   = { 0 ^ half, 1 ^ half, 2 ^ half,  3 ^ half,  4 ^ half,  5 ^ half,  6 ^ half,  7 ^ half,
+                               8 ^ half, 9 ^ half, 10 ^ half, 11 ^ half, 12 ^ half, 13 ^ half, 14 ^ half, 15 ^ half };
+    const floats16 partner = __builtin_shuffle(x, index);
+#endif
+    floats16 sign = {};
+    for (int i = 0; i < 16; ++i) {
+        sign[i] = i & half ? -1.0f : 1.0f;
+    }
+    x = partner + sign * x;
+}
+
+// Head sizes are multiples of 16.
+void hadamard_vectors(float * x, int d) {
+    const int block = d & -d;
+    for (int i = 0; i < d; i += 16) {
+        floats16 part = *(floats16 *) (x + i);
+        butterfly<1>(part);
+        butterfly<2>(part);
+        butterfly<4>(part);
+        butterfly<8>(part);
+        *(floats16 *) (x + i) = part;
+    }
+    for (int half = 16; half < block; half *= 2) {
+        for (int i = 0; i < d; i += 2 * half) {
+            for (int j = i; j < i + half; j += 16) {
+                floats16 *     low = (floats16 *) (x + j), *high = (floats16 *) (x + j + half);
+                const floats16 sum = *low + *high, difference = *low - *high;
+                *low  = sum;
+                *high = difference;
+            }
+        }
+    }
+    const float norm = 1.0f / __builtin_sqrtf((float) block);
+    for (int i = 0; i < d; ++i) {
+        x[i] *= norm;
+    }
+}
+
+constexpr pack_kernels kernels_of_this_level = { extremes, encode, decode, multiply, multiply_transposed, add_product, hadamard_vectors };
 
 } // namespace
 

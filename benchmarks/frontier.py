@@ -1,11 +1,11 @@
 """What each term of the codec buys per bit: mean KL divergence of a model's next-token distribution against bits per element, in PyTorch.
 
-    python benchmarks/frontier.py MODEL_FOLDER TEXT_FILE --out FOLDER [--sweep k,v,rivals,best] [--contexts 8] [--n-ctx 2048] [--match REGEX]
+    python benchmarks/frontier.py MODEL_FOLDER TEXT_FILE --out FOLDER [--sweep k,v,rivals,best,terms] [--contexts 8] [--n-ctx 2048] [--match REGEX]
 
 The model runs in float32 with Hugging Face transformers. Of each context the last 256 tokens are scored: they read each other exactly (the exact tail),
 the first four tokens exactly (the sinks), and all between as it was coded, tile by tile, from the exact model's keys and values; every method alike. One
 side is swept with the other left exact; since small errors add up, the best pairs of settings for a budget of bits are then guessed from the two sweeps
-and measured.
+and measured. The sweep "terms" takes the presets apart: each term of the codec added or left out, what it costs and what it buys.
 
 This is how presets are chosen. What the native library does with them, with errors fed back through every token, is measured by ``gearcpp perplexity``.
 """
@@ -19,7 +19,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +37,8 @@ BUDGETS = (2.5, 3.5, 4.5, 6.2)  # bits per element, mean of K and V
 PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False)  # what the settings below add to
 SHARED = ("scale_bits", "factor_bits", "rounds", "sparsity", "tile")  # fields of a GearConfig that hold for both sides
 
-Code = Callable[[str, Tensor], Coded]  # side, tiles [..., T, d]
+Code = Callable[[str, Tensor], Coded]  # side, tiles [context, kv head, tile, T, d]
+LayerCode = Callable[[str, Tensor, int], Coded]  # the same and the layer
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Setting:
     code: Code
     tile: int = 256
     config: GearConfig | None = None
+    n_sink: int = N_SINK
+    by_layer: LayerCode | None = field(default=None, compare=False)  # in the place of code
 
 
 @dataclass
@@ -72,6 +75,7 @@ class CodedAttention:
 
     def __init__(self) -> None:
         self.exact: dict[int, list[Tensor]] = {}  # keys and values of each layer before the last tokens, [n_context, kv head, n, d] each
+        self.queries: dict[int, list[Tensor]] = {}  # of each layer, the second moment of the queries' channels in each context, [kv head, d] each
         self.is_recording = False  # add to them what passes by
         self.setting: Setting | None = None
         self.n_bytes = self.n_element = 0
@@ -86,20 +90,24 @@ class CodedAttention:
         if self.is_recording:
             self.exact[module.layer_idx] = [torch.cat([old, x[:, :, :-TAIL]]) for old, x in zip(before, new, strict=True)]
             before = [x[:, :, :0] for x in new]
+            shared = query[:, :, :-TAIL].unflatten(1, (-1, n_group))  # query heads of one KV head
+            self.queries.setdefault(module.layer_idx, []).append(shared.square().mean((0, 2, 3)))
         else:
-            before = [self._code(side, x) for side, x in zip("kv", before, strict=True)]
+            before = [self._code(side, x, module.layer_idx) for side, x in zip("kv", before, strict=True)]
         k, v = (torch.cat(pair, 2).repeat_interleave(n_group, 1) for pair in zip(before, new, strict=True))
         scores = query @ k.transpose(-1, -2) * scaling
         future = torch.ones(n_query, k.shape[2], dtype=torch.bool).triu(k.shape[2] - n_query + 1)
         return (scores.masked_fill(future, -math.inf).softmax(-1) @ v).transpose(1, 2).contiguous(), None
 
-    def _code(self, side: str, x: Tensor) -> Tensor:
-        if self.setting is None or side not in self.setting.sides:
+    def _code(self, side: str, x: Tensor, layer: int) -> Tensor:
+        setting = self.setting
+        if setting is None or side not in setting.sides:
             return x
-        coded = self.setting.code(side, x.unflatten(2, (-1, self.setting.tile)))
+        tiles = x.unflatten(2, (-1, setting.tile))
+        coded = setting.by_layer(side, tiles, layer) if setting.by_layer else setting.code(side, tiles)
         self.n_bytes += coded.n_bytes
         self.n_element += coded.xhat.numel()
-        return torch.cat([x[:, :, :N_SINK], coded.xhat.flatten(2, 3)[:, :, N_SINK:]], 2)
+        return torch.cat([x[:, :, : setting.n_sink], coded.xhat.flatten(2, 3)[:, :, setting.n_sink :]], 2)
 
 
 class Meter:
@@ -239,6 +247,73 @@ def searched_clip(side: str, bits: int, group: int) -> Setting:
     return plain(f"bits={bits} group={group} clip searched", side, code)
 
 
+def term_settings(attention: CodedAttention) -> Iterator[Setting]:
+    """Both sides, around each preset: one term changed at a time."""
+    for name in ("gear4", "gear3", "gear2"):
+        base = PRESETS[name]
+        low_rank = {"factor_bits": 4, "rank_k": 2, "rank_v": 2}
+        changes: dict[str, dict[str, object]] = {
+            "as it is": {},
+            "K not rotated": {"rotate_k": False},
+            "V not rotated": {"rotate_v": False},
+            "V not centered": {"center_v": False},
+            "K centered": {"center_k": True},
+            "not clipped": {"clip_k": 1.0, "clip_v": 1.0},
+            "K groups of 64": {"group_k": 64},
+            "V groups of 32": {"group_v": 32},
+            "f16 scales": {"scale_bits": 16},
+            "tiles of 128": {"tile": 128},
+            "L, r = 2, 1 round": {**low_rank, "rounds": 1},
+            "L, r = 2, 3 rounds": {**low_rank, "rounds": 3},
+            "L, r = 4, 3 rounds": {**low_rank, "rank_k": 4, "rank_v": 4, "rounds": 3},
+            "S, s = 2 %, V not centered": {"center_v": False, "sparsity": 0.02},
+            "K one bit more": {"bits_k": base.bits_k + 1},
+            "V one bit more": {"bits_v": base.bits_v + 1},
+        }
+        for term, change in changes.items():
+            config = base.replace(**change)
+            yield Setting(f"{name}: {term}", "kv", lambda side, x, config=config: native_gear(x, side, config), config.tile, config)
+        for n_sink in (0, 16):
+            yield Setting(f"{name}: {n_sink} sinks", "kv", lambda side, x, base=base: native_gear(x, side, base), base.tile, n_sink=n_sink)
+        yield query_weighted(name, base, attention)
+        yield ranked_by_layer(name, base.replace(**low_rank, rounds=3), base, attention)
+
+
+def query_weighted(name: str, base: GearConfig, attention: CodedAttention) -> Setting:
+    """K's channels scaled before the rotation, so that the product with the queries loses least, and scaled back: (E q^2 / Var k)^(1/4), the same for both
+    channels of a rotary pair. The queries are those of the measured contexts: what the table says is more than could be had from earlier text."""
+
+    def code(side: str, x: Tensor, layer: int) -> Coded:
+        if side == "v":
+            return native_gear(x, side, base)
+        groups = x.unflatten(-2, (-1, base.group_k))
+        spread = (groups - groups.mean(-2, keepdim=True)).square().mean((0, 2, 3, 4))  # [kv head, d]
+        weight = torch.stack(attention.queries[layer]).mean(0)
+        pairs = (y.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2) for y in (weight, spread))
+        ratio = next(pairs) / next(pairs)
+        scale = ratio.pow(0.25)[:, None, None]  # [kv head, 1, 1, d]
+        coded = native_gear(x * scale, side, base)
+        return Coded(coded.xhat / scale, coded.n_bytes)
+
+    return Setting(f"{name}: K weighted by queries", "kv", lambda side, x: native_gear(x, side, base), base.tile, by_layer=code)
+
+
+def ranked_by_layer(name: str, ranked: GearConfig, base: GearConfig, attention: CodedAttention) -> Setting:
+    """L only in the layers, half of them, and on the sides where it takes away the largest share of the squared error."""
+    gains = {}
+    for layer, sides in attention.exact.items():
+        for side, x in zip("kv", sides, strict=True):
+            tiles = x[:1].unflatten(2, (-1, base.tile))
+            errors = [(native_gear(tiles, side, config).xhat - tiles).square().sum().item() for config in (base, ranked)]
+            gains[side, layer] = 1 - errors[1] / errors[0]
+    chosen = set(sorted(gains, key=gains.__getitem__)[len(gains) // 2 :])
+
+    def code(side: str, x: Tensor, layer: int) -> Coded:
+        return native_gear(x, side, ranked if (side, layer) in chosen else base)
+
+    return Setting(f"{name}: L, r = 2, in half of the layers", "kv", lambda side, x: native_gear(x, side, base), base.tile, by_layer=code)
+
+
 def best_pairs(results: list[Result], budget: float, count: int = 4) -> list[Setting]:
     """The pairs of a K and a V setting within a budget with the least sum of divergences, as settings for both sides."""
     candidates = {side: [r for r in results if r.setting.sides == side and r.setting.config] for side in "kv"}
@@ -338,7 +413,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of a Hugging Face model")
     parser.add_argument("text", type=Path, help="text file to measure on")
     parser.add_argument("--out", type=Path, required=True, help="folder for the table, the figures and the plot")
-    parser.add_argument("--sweep", default="k,v,rivals,best", help="parts, in order: k, v, rivals, best (pairs for each budget, needs k and v)")
+    parser.add_argument("--sweep", default="k,v,rivals,best", help="parts, in order: k, v, rivals, best (pairs for each budget, needs k and v), terms")
     parser.add_argument("--contexts", type=int, default=8)
     parser.add_argument("--n-ctx", type=int, default=2048, help="tokens of a context; its last 256 are scored")
     parser.add_argument("--match", default="", help="regular expression: of the swept settings, only those whose name has it")
@@ -355,7 +430,7 @@ def main() -> None:
         if sweep == "best":
             settings = [setting for budget in BUDGETS for setting in best_pairs(results, budget)]
         else:
-            swept = {"k": key_settings, "v": value_settings, "rivals": rival_settings}[sweep]()
+            swept = term_settings(meter.attention) if sweep == "terms" else {"k": key_settings, "v": value_settings, "rivals": rival_settings}[sweep]()
             settings = [setting for setting in swept if re.search(arguments.match, setting.name)]
         for setting in settings:
             begin = time.perf_counter()

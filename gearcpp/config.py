@@ -85,9 +85,9 @@ _PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False)  # D, L and 
 PRESETS: dict[str, GearConfig] = {
     "gear": GearConfig(),
     "gear4": GearConfig(),
-    "gear3": GearConfig(bits_k=3, bits_v=3),
-    # At 2 bits a group's extremes cost more than they are worth.
-    "gear2": GearConfig(bits_k=2, bits_v=2, clip_k=0.9, clip_v=0.9),
+    # The fewer the codes, the more a group's extremes cost the others: below 4 bits they are clipped.
+    "gear3": GearConfig(bits_k=3, bits_v=3, clip_k=0.95, clip_v=0.95),
+    "gear2": GearConfig(bits_k=2, bits_v=2, clip_k=0.9, clip_v=0.8),
     "gear-hi": GearConfig(bits_k=6, bits_v=5),
     "gear-l": GearConfig(rank_k=2, rank_v=2, factor_bits=4, rounds=3),
     "gear-l3": GearConfig(bits_k=3, bits_v=3, rank_k=2, rank_v=2, factor_bits=4, rounds=3),
@@ -206,7 +206,7 @@ def check_config(config: GearConfig) -> None:
             raise ConfigError(f"{name} must be True or False, not {getattr(config, name)!r}")
     for name in ("center_k", "center_v"):
         if getattr(config, name) and config.sparsity:
-            raise ConfigError(f"{name} must be False where there are outliers (sparsity={config.sparsity}): their exact values and a mean do not go together")
+            raise ConfigError(f"{name} must be False where there are outliers (sparsity={config.sparsity}): exact values and a mean do not go together")
 
 
 def _name_of(config: GearConfig) -> str:

@@ -19,7 +19,7 @@ def test_forms_of_a_gear_type() -> None:
     assert normalize_kv_type({"bits_k": 3, "n_tail": 64}).gear == config
     assert normalize_kv_type(" GEAR3 ").gear == PRESETS["gear3"]
     assert normalize_kv_type(config).name == "gear(bits_k=3,n_tail=64)"
-    assert normalize_kv_type(GearConfig(bits_k=3, bits_v=3)).name == "gear3"
+    assert normalize_kv_type(GearConfig(bits_k=3, bits_v=3, clip_k=0.95, clip_v=0.95)).name == "gear3"
     already = normalize_kv_type("gear")
     assert normalize_kv_type(already) is already
 

@@ -254,7 +254,7 @@ def test_caches_are_ranked_as_their_bits_say(bundled_model: Path) -> None:
     # The weights are Q8_0, and so are activations: that alone turns rounding of the last bit into about 1e-4.
     assert 0 < kld["f16, -ub 63"] < kld["q4_0"] / 5
     assert 0 < kld["q8_0"] < kld["q4_0"] / 5 < 0.01
-    assert 0 < kld["gear4"] < kld["gear2"] / 2 < 0.01
+    assert 0 < kld["gear4"] < kld["gear2"] < 0.02
     assert all(row.summary.n_tokens == 511 for row in rows.values())
     assert [rows[label].bits_per_element for label in ("f16", "q8_0", "q4_0")] == [16, 8.5, 4.5]
     assert 2 < rows["gear2"].bits_per_element < rows["gear4"].bits_per_element < 5

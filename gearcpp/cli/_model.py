@@ -144,7 +144,7 @@ def load_model(
     from gearcpp import Llama
 
     if not verbose:
-        _silence_llama_log()
+        silence_llama_log()
     trained = read_model_info(path).n_ctx_train
     n_ctx = min(trained, DEFAULT_CTX) if n_ctx is None else n_ctx or trained
     if n_ctx > trained:
@@ -163,7 +163,7 @@ def load_model(
     )
 
 
-def _silence_llama_log() -> None:
+def silence_llama_log() -> None:
     """Keep llama.cpp's log off the terminal. llama-cpp-python's own filter does not: its level numbers are old, warnings pass as errors."""
     import llama_cpp
 

@@ -1,0 +1,67 @@
+"""What clients send, made into what llama-cpp-python's routes understand.
+
+The routes leave out fields that they do not know and answer as if these had not been there. What would change the answer is translated here or refused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from gearcpp.errors import ConfigError
+
+COMPLETIONS = ("/v1/completions", "/v1/engines/copilot-codex/completions")
+CHAT = "/v1/chat/completions"
+EMBEDDINGS = "/v1/embeddings"
+GENERATING = (*COMPLETIONS, CHAT, EMBEDDINGS)  # paths whose requests take their turn; all others answer at once
+
+
+def prepare(path: str, data: bytes) -> bytes:
+    """The body of a request to one of the `GENERATING` paths as the routes should get it.
+
+    Raises:
+        ConfigError: it is not a JSON object, or asks for what is not supported.
+    """
+    try:
+        request = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the body is not JSON: {error}") from error
+    if not isinstance(request, dict):
+        raise ConfigError("the body must be a JSON object")
+    if path == EMBEDDINGS:
+        _prepare_embedding(request)
+    else:
+        for name in ("n", "best_of"):
+            if request.get(name) not in (None, 1):
+                raise ConfigError(f"{name} must be 1: send several requests for several answers")
+        if path == CHAT:
+            _prepare_chat(request)
+        else:
+            _prepare_completion(request)
+    return json.dumps(request).encode()
+
+
+def _prepare_completion(request: dict[str, Any]) -> None:
+    prompt = request.get("prompt", "")
+    if isinstance(prompt, list) and (len(prompt) != 1 or not isinstance(prompt[0], str)):
+        raise ConfigError("prompt must be a string, or a list of one string: send several requests for several prompts")
+
+
+def _prepare_chat(request: dict[str, Any]) -> None:
+    if not request.get("messages"):
+        raise ConfigError("messages must hold at least one message")
+    if request.get("max_tokens") is None and request.get("max_completion_tokens") is not None:
+        request["max_tokens"] = request["max_completion_tokens"]
+    if request.get("logprobs") and request.get("top_logprobs") is None:
+        request["top_logprobs"] = 0
+    form = request.get("response_format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        schema = (form.get("json_schema") or {}).get("schema")
+        if not isinstance(schema, dict):
+            raise ConfigError("response_format.json_schema.schema must be a JSON schema")
+        request["response_format"] = {"type": "json_object", "schema": schema}
+
+
+def _prepare_embedding(request: dict[str, Any]) -> None:
+    if request.get("dimensions") is not None:
+        raise ConfigError("dimensions is not supported: the model's own number of dimensions is what there is")

@@ -1,0 +1,343 @@
+"""`gearcpp serve` over a real socket, by OpenAI's own client: answers, errors, limits, and clients that go."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import math
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from chat_models import write_chat_model
+from server_process import PATIENCE, Server, serve
+
+PROMPT = "Once upon a time there was a"
+LONG: dict[str, Any] = {"max_tokens": 3000, "extra_body": {"min_tokens": 3000}}  # seconds on any machine
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serve("-c", "4096", "-np", "2", "--queue", "1", "--embeddings", "--chat-format", "chatml", "-a", "books", "--max-body", "256") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def idle(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test finds and leaves the shared server without work."""
+    yield
+    if "server" in request.fixturenames:
+        request.getfixturevalue("server").wait(lambda m: m["gearcpp_requests_running"] == m["gearcpp_requests_waiting"] == 0)
+
+
+def post(server: Server, path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of a request that no client library would send."""
+    request = urllib.request.Request(server.url + path, body, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def long_stream(server: Server, **more: Any) -> Any:
+    """A stream that has begun."""
+    stream = server.client().completions.create(model="books", prompt=PROMPT, stream=True, **{**LONG, **more})
+    next(iter(stream))
+    return stream
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_completion(server: Server) -> None:
+    answer = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=12, temperature=0)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "length" and len(choice.text) > 12
+    assert answer.usage and answer.usage.completion_tokens == 12 and answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+    assert answer.model == "books"
+
+
+def test_a_stream_gives_the_text_of_the_whole_answer(server: Server) -> None:
+    whole = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=40, temperature=0)
+    chunks = list(server.client().completions.create(model="books", prompt=PROMPT, max_tokens=40, temperature=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len(chunks) > 20
+
+
+def test_chat_whole_and_streamed(server: Server) -> None:
+    arguments: dict[str, Any] = {"model": "books", "messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
+    whole = server.client().chat.completions.create(**arguments, max_completion_tokens=15)
+    assert whole.choices[0].message.role == "assistant" and whole.choices[0].finish_reason in ("stop", "length")
+    assert whole.usage and whole.usage.completion_tokens <= 15
+    chunks = list(server.client().chat.completions.create(**arguments, max_tokens=15, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(server: Server) -> None:
+    free = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=30, temperature=0).choices[0].text
+    stop = free[10:15]  # cuts across tokens
+    for stream in (False, True):
+        answer = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=30, temperature=0, stop=[stop], stream=stream)
+        chunks = list(answer) if stream else [answer]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == free[: free.index(stop)]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_seed_repeats_an_answer_and_without_one_answers_differ(server: Server) -> None:
+    def answer(**more: Any) -> str:
+        return server.client().completions.create(model="books", prompt=PROMPT, max_tokens=24, temperature=1.2, **more).choices[0].text
+
+    assert answer(seed=7) == answer(seed=7)
+    assert len({answer() for _ in range(3)}) > 1
+
+
+def test_log_probabilities_without_logits_all(server: Server) -> None:
+    (choice,) = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3).choices
+    found = choice.logprobs
+    assert found and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
+    assert "".join(found.tokens) == choice.text and len(found.tokens) == 8
+    assert [offset - len(PROMPT) for offset in found.text_offset] == [len("".join(found.tokens[:i])) for i in range(8)]
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert logprob is not None and logprob == max(top.values()) == top[token]  # greedy
+        assert sum(math.exp(value) for value in top.values()) < 1
+    chat = server.client().chat.completions.create(
+        model="books", messages=[{"role": "user", "content": "Hm"}], max_tokens=4, logprobs=True, top_logprobs=2, temperature=0
+    )
+    assert chat.choices[0].logprobs and chat.choices[0].logprobs.content and len(chat.choices[0].logprobs.content[0].top_logprobs) == 2
+
+
+def test_a_grammar_and_a_logit_bias_are_followed(server: Server) -> None:
+    answer = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=30, extra_body={"grammar": 'root ::= ("yes" | "no") " sir"'})
+    assert answer.choices[0].text in ("yes sir", "no sir") and answer.choices[0].finish_reason == "stop"
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    chat = server.client().chat.completions.create(model="books", messages=[{"role": "user", "content": "?"}], max_tokens=100, response_format=form)
+    assert isinstance(json.loads(chat.choices[0].message.content or "")["a"], bool)
+    _, tokens = post(server, "/extras/tokenize", b'{"input": " the"}')
+    biased = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(tokens["tokens"][-1]): 100})
+    assert biased.choices[0].text == " the the the the"
+
+
+def test_embeddings_have_unit_length_and_likeness_shows(server: Server) -> None:
+    texts = ["The cat sat on the mat.", "A cat sat upon a mat.", "Parliament voted against the treaty in 1802."]
+    answer = server.client().embeddings.create(model="books", input=texts)
+    vectors = [item.embedding for item in answer.data]
+    assert [len(vector) for vector in vectors] == [256] * 3
+    assert all(abs(math.fsum(x * x for x in vector) - 1) < 1e-4 for vector in vectors)
+
+    def likeness(i: int, j: int) -> float:
+        return sum(x * y for x, y in zip(vectors[i], vectors[j], strict=True))
+
+    assert likeness(0, 1) > likeness(0, 2)
+    alone = server.client().embeddings.create(model="books", input=texts[2]).data[0].embedding
+    assert max(abs(x - y) for x, y in zip(alone, vectors[2], strict=True)) < 1e-2
+
+
+def test_models_are_listed_and_an_unknown_name_means_the_first(server: Server) -> None:
+    assert [model.id for model in server.client().models.list()] == ["books", "books-embeddings"]
+    assert server.client().completions.create(model="gpt-4o", prompt=PROMPT, max_tokens=1).model == "books"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+# During a generation
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_health_metrics_and_models_answer_during_a_generation(server: Server) -> None:
+    stream = long_stream(server)
+    with urllib.request.urlopen(f"{server.url}/health", timeout=PATIENCE) as response:
+        assert json.load(response) == {"status": "ok"}
+    assert len(list(server.client().models.list())) == 2
+    first = server.metrics()
+    later = server.wait(lambda m: m["gearcpp_tokens_per_second"] > 0 and m["gearcpp_kv_exact_rows"] > first["gearcpp_kv_exact_rows"])
+    assert later["gearcpp_requests_running"] == 1
+    assert later["gearcpp_generated_tokens_total"] > first["gearcpp_generated_tokens_total"]
+    assert 0 < later["gearcpp_kv_bytes_used"] <= later["gearcpp_kv_bytes"] < later["gearcpp_kv_bytes_f16"]
+    rest = list(stream)
+    assert rest[-1].choices[0].finish_reason == "length"
+    done = server.metrics()
+    assert done["gearcpp_kv_packed_tiles"] > 0 and done["gearcpp_kv_packed_rows"] > 0 and done["gearcpp_requests_running"] == 0
+
+
+def test_a_full_queue_is_429_and_nobody_in_it_suffers(server: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        streams = [long_stream(server, max_tokens=1500, extra_body={"min_tokens": 1500}) for _ in range(2)]
+        waiting = pool.submit(lambda: server.client().completions.create(model="books", prompt=PROMPT, max_tokens=3))
+        server.wait(lambda m: m["gearcpp_requests_waiting"] == 1)
+        with pytest.raises(openai.RateLimitError, match="3 requests are in work or waiting") as caught:
+            server.client().completions.create(model="books", prompt=PROMPT)
+        assert caught.value.response.headers["retry-after"] == "1"
+        with pytest.raises(openai.RateLimitError):
+            server.client().completions.create(model="books", prompt=PROMPT, stream=True)
+        for stream in streams:
+            assert list(stream)[-1].choices[0].finish_reason == "length"
+        assert waiting.result(PATIENCE).choices[0].finish_reason == "length"
+    assert server.client().completions.create(model="books", prompt=PROMPT, max_tokens=1).choices
+
+
+def test_a_client_that_goes_stops_its_generation_and_no_other(server: Server) -> None:
+    before = server.metrics()["gearcpp_generated_tokens_total"]
+    staying, going = long_stream(server, max_tokens=900, extra_body={"min_tokens": 900}), long_stream(server)
+    going.close()
+    rest = list(staying)
+    assert rest[-1].choices[0].finish_reason == "length"
+    done = server.wait(lambda m: m["gearcpp_requests_running"] == 0)
+    assert 900 <= done["gearcpp_generated_tokens_total"] - before < 900 + 3000
+    assert done["gearcpp_kv_cells_running"] == 0
+
+
+def test_a_client_that_goes_without_a_stream_stops_its_generation_too(server: Server) -> None:
+    before = server.metrics()["gearcpp_generated_tokens_total"]
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=PATIENCE)
+    connection.request(
+        "POST", "/v1/completions", json.dumps({"prompt": PROMPT, "max_tokens": 3000, "min_tokens": 3000}), {"Content-Type": "application/json"}
+    )
+    server.wait(lambda m: m["gearcpp_requests_running"] == 1)
+    connection.close()
+    done = server.wait(lambda m: m["gearcpp_requests_running"] == 0)
+    assert done["gearcpp_generated_tokens_total"] - before < 3000
+
+
+def test_one_after_the_other_no_stream_is_cut() -> None:
+    with serve("-c", "1024", "-np", "1") as server:
+
+        def answer(i: int) -> tuple[int, str | None]:
+            extra: Any = {"min_tokens": 60}
+            chunks = list(server.client().completions.create(model="x", prompt=f"{i}. {PROMPT}", max_tokens=60, stream=True, extra_body=extra))
+            return len(chunks), chunks[-1].choices[0].finish_reason
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(answer, range(8)))
+        assert [reason for _, reason in answers] == ["length"] * 8
+        assert server.metrics()["gearcpp_generated_tokens_total"] == 8 * 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+# Mistakes
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "word " * 5000}, "tokens; this server's context has 4096"),
+        ({"prompt": PROMPT, "n": 2}, "n must be 1"),
+        ({"prompt": [PROMPT, PROMPT]}, "prompt must be a string"),
+        ({"prompt": PROMPT, "suffix": "end"}, "suffix is not supported"),
+        ({"prompt": PROMPT, "logprobs": 100}, "logprobs must be 0 to 20"),
+        ({"prompt": PROMPT, "logprobs": 1, "echo": True}, "leave echo or logprobs out"),
+        ({"prompt": PROMPT, "temperature": "hot"}, "temperature: Input should be a valid number"),
+        ({"prompt": PROMPT, "logit_bias": {"99999": 1}}, "logit_bias names token 99999"),
+        ({"prompt": PROMPT, "extra_body": {"grammar": "root ::= nonsense ("}}, "the grammar cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said_as_a_400(server: Server, arguments: dict[str, Any], message: str, stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        server.client().completions.create(model="books", stream=stream, **arguments)
+    assert caught.value.body["type"] == "invalid_request_error"  # type: ignore[index]
+
+
+def test_a_prompt_too_long_has_openais_code(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client().completions.create(model="books", prompt="word " * 5000)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "the body is not JSON"),
+        (b"\xff\xfe", "the body is not JSON"),
+        (b"[" * 100000, "the body is not JSON"),
+        (b"[]", "must be a JSON object"),
+        (b'{"prompt": 5}', "prompt"),
+    ],
+)
+def test_bodies_that_are_not_requests(server: Server, body: bytes, message: str) -> None:
+    status, answer = post(server, "/v1/completions", body)
+    assert status == 400 and message in answer["error"]["message"]
+    assert post(server, "/v1/chat/completions", b'{"messages": []}')[0] == 400
+    assert post(server, "/v1/embeddings", b'{"input": []}')[0] == 400
+
+
+def test_a_body_too_large_is_413_however_it_is_sent(server: Server) -> None:
+    status, answer = post(server, "/v1/completions", json.dumps({"prompt": "x" * 300 * 1024}).encode())
+    assert status == 413 and "larger than 262144 bytes" in answer["error"]["message"]
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=PATIENCE)
+    connection.request("POST", "/v1/completions", iter([b"x" * 65536] * 5), {"Content-Type": "application/json"}, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_a_text_too_long_to_embed_is_not_cut_off(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="at most 2048 are taken"):
+        server.client().embeddings.create(model="books", input="word " * 3000)
+
+
+def test_no_page_of_another_origin_may_read_answers(server: Server) -> None:
+    request = urllib.request.Request(f"{server.url}/v1/models", headers={"Origin": "https://evil.example"})
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        assert not [name for name in response.headers if name.lower().startswith("access-control")]
+
+
+def test_a_half_request_holds_no_place(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    sockets = [socket.create_connection((host, int(port)), PATIENCE) for _ in range(5)]
+    for connection in sockets:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    assert server.client().completions.create(model="books", prompt=PROMPT, max_tokens=1).choices
+    for connection in sockets:
+        connection.close()
+
+
+def test_api_key_chat_template_and_origins(tmp_path: Path) -> None:
+    model = write_chat_model(tmp_path / "chat.gguf")
+    with serve("-m", model, "-c", "512", "--api-key", "secret", "--cors-origin", "https://good.example") as server:
+        with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+            server.client("wrong").completions.create(model="x", prompt="Hi")
+        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(server.url + path, timeout=PATIENCE)
+            assert caught.value.code == 401
+        assert urllib.request.urlopen(f"{server.url}/health", timeout=PATIENCE).status == 200
+        chat = server.client("secret").chat.completions.create(model="x", messages=[{"role": "user", "content": "Hi"}], max_tokens=5, temperature=0)
+        assert chat.usage and chat.usage.prompt_tokens == 1 + len("user:▁Hi\nassistant:▁".encode())  # one <s>, then bytes
+        with pytest.raises(openai.BadRequestError, match="does not embed: start it with --embeddings"):
+            server.client("secret").embeddings.create(model="x", input="Hi")
+        request = urllib.request.Request(f"{server.url}/health", headers={"Origin": "https://good.example"})
+        assert urllib.request.urlopen(request, timeout=PATIENCE).headers["access-control-allow-origin"] == "https://good.example"
+
+
+def test_a_chat_with_a_model_without_a_template_is_refused() -> None:
+    with serve("-c", "512", "--kv", "q8_0") as server:
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="this model has no chat template"):
+                server.client().chat.completions.create(model="x", messages=[{"role": "user", "content": "Hi"}], stream=stream)
+
+
+def test_a_server_stops_in_the_middle_of_a_stream() -> None:
+    with serve("-c", "4096") as server:
+        stream = long_stream(server)
+        reader = threading.Thread(target=lambda: _drain(stream), daemon=True)
+        reader.start()
+    reader.join(PATIENCE)
+    assert not reader.is_alive()
+
+
+def _drain(stream: Any) -> None:
+    """Read to the end, whichever it is."""
+    with contextlib.suppress(Exception):  # the HTTP library's own, which differs between releases of the client
+        list(stream)

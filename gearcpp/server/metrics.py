@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from gearcpp.config import KVType
@@ -61,6 +61,7 @@ class Metrics:
         self._models = models
         self._counts = counts
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)  # memory, CPU seconds, open files
         self._registry.register(self)  # type: ignore[arg-type]  # a collector is whatever has collect()
 
     def text(self) -> bytes:

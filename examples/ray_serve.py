@@ -3,7 +3,7 @@
     pip install "gearcpp[server]" "ray[serve]"
     python examples/ray_serve.py -m /path/to/model.gguf --replicas 2 --threads 8 -c 32768 --parallel 4
 
-Every replica is a whole `gearcpp serve` application (`gearcpp.server.app.create_app`) in a process of its own; Ray starts the processes, restarts them when
+Every replica is a whole `gearcpp serve` application (`gearcpp.server.app.create_app`) in a process of its own; Ray starts the processes, restarts them if
 they die, and spreads requests over them, streams included. On a cluster (`ray start --head`, `ray start --address=...`, then this script on one of its
 machines) the model's path must exist on every machine. Clients use http://HOST:PORT/v1 as ever.
 

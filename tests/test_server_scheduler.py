@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -271,6 +272,19 @@ def test_closing_drops_what_runs_and_waits_and_refuses_what_comes() -> None:
         assert not scheduler.alive
         with pytest.raises(ClosedError):
             answer(llm, PROMPTS[0], 1)
+
+
+def test_closing_does_not_wait_for_a_long_prompt() -> None:
+    with served(1, 4096, n_batch=4096, n_ubatch=512) as llm:
+        stream = llm.create_completion(words(llm, 4090, 1), max_tokens=1, stream=True)
+        scheduler = llm.scheduler
+        assert scheduler
+        while not scheduler._batch.struct.n_tokens:
+            time.sleep(0.001)
+        scheduler.close()
+        with pytest.raises(CancelledError):
+            list(stream)
+        assert scheduler.counters.prompt_tokens == 0  # its one batch was not finished
 
 
 def test_a_scheduler_that_dies_says_so() -> None:

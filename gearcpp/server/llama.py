@@ -71,7 +71,8 @@ class ServedLlama(Llama):
         """End the scheduler, then free everything."""
         if self.scheduler:
             self.scheduler.close()
-        super().close()
+        with self._embedding_lock:
+            super().close()
 
     # -----------------------------------------------------------------------------------------------------------------------------------------
     # Completions. Chat comes here, too: llama-cpp-python's chat handlers render the messages and convert what this returns.

@@ -106,6 +106,10 @@ class Scheduler:
         self._kv_time = self._rate_time = time.monotonic()
         self._rate_tokens = 0
         self._look_at_cache()
+        # llama.cpp asks between the operations of a step whether to give up. libc's atoi is the answer: "0" no, "1" yes, without Python in a hot loop.
+        self._abort = ctypes.create_string_buffer(b"0")
+        self._ask_abort = ctypes.cast(ctypes.CDLL(None).atoi, llama_cpp.ggml_abort_callback)
+        llama_cpp.llama_set_abort_callback(self._context, self._ask_abort, ctypes.cast(self._abort, ctypes.c_void_p))
         self._thread = threading.Thread(target=self._run, name="gearcpp-scheduler", daemon=True)
         self._thread.start()
 
@@ -125,9 +129,10 @@ class Scheduler:
         return self._thread.is_alive() and not self._closed
 
     def close(self) -> None:
-        """Drop all sequences and end the thread; a step under way is finished first. May be called twice."""
+        """Drop all sequences and end the thread, in the middle of a step if need be. May be called twice."""
         with self._changed:
             self._closed = True
+            self._abort.value = b"1"
             self._changed.notify()
         self._thread.join()
 
@@ -299,6 +304,8 @@ class Scheduler:
                 slot.tokens += slot.rest[:n]
                 slot.cells += self._cells.take(n)
             return True
+        if self._closed:
+            return False
         device = self._llm._device
         failure = (device.take_failure() if device else None) or GearError(f"llama_decode failed with status {status}")
         logger.error("a batch failed: %s", failure)

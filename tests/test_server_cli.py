@@ -34,6 +34,13 @@ def test_what_is_wrong_is_said_before_anything_listens(tmp_path: Path) -> None:
     assert code == 1 and "cannot read" in line
 
 
+def test_without_the_extra_it_says_what_to_install() -> None:
+    program = "import sys; sys.modules['fastapi'] = None; from gearcpp.cli import main; main(['serve'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2
+    assert done.stderr == "error: the server's packages are missing (fastapi): pip install 'gearcpp[server]'\n"
+
+
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, line = fail("-c", "256", "--port", str(taken.getsockname()[1]))

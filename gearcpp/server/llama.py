@@ -41,13 +41,13 @@ class ServedLlama(Llama):
     embedder: ServedLlama | None = None
 
     def __init__(self, model_path: str, *, name: str = "", n_parallel: int = 1, **arguments: Any) -> None:
+        self._embedding_lock = threading.Lock()  # before anything can fail: close() runs even then
         n_batch = arguments.get("n_batch", 512)
         if not 1 <= n_parallel <= min(n_batch, llama_cpp.llama_max_parallel_sequences()):
             most = min(n_batch, llama_cpp.llama_max_parallel_sequences())
             raise ConfigError(f"parallel must be 1 to {most} (with n_batch={n_batch}), not {n_parallel}")
         self.name = name or model_path
         self.n_parallel = n_parallel
-        self._embedding_lock = threading.Lock()
         self._is_embedder = bool(arguments.get("embedding"))
         super().__init__(model_path, **arguments)
         if not (self.has_chat_template or self.chat_handler or arguments.get("chat_format")):

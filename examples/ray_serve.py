@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = {"model": args.model, "kv_type": args.kv, "n_ctx": args.ctx_size, "parallel": args.parallel, "n_threads": args.threads}
-    app = deployment({**model, "n_threads_batch": args.threads}, {"api_key": args.api_key}, replicas=args.replicas, cpus=args.threads)
+    app = deployment({**model, "n_threads_batch": args.threads}, {"api_key": args.api_key, "host": args.host}, replicas=args.replicas, cpus=args.threads)
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(app, route_prefix="/")
     print(f"{args.replicas} replicas behind http://{args.host}:{args.port}/v1", flush=True)

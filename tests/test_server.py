@@ -162,7 +162,7 @@ def test_health_metrics_and_models_answer_during_a_generation(server: Server) ->
     assert len(list(server.client().models.list())) == 2
     first = server.metrics()
     later = server.wait(lambda m: m["gearcpp_tokens_per_second"] > 0 and m["gearcpp_kv_exact_rows"] > first["gearcpp_kv_exact_rows"])
-    assert later["gearcpp_requests_running"] == 1
+    assert first["gearcpp_requests_running"] == 1
     assert later["gearcpp_generated_tokens_total"] > first["gearcpp_generated_tokens_total"]
     assert 0 < later["gearcpp_kv_bytes_used"] <= later["gearcpp_kv_bytes"] < later["gearcpp_kv_bytes_f16"]
     rest = list(stream)
@@ -293,11 +293,20 @@ def test_no_page_of_another_origin_may_read_answers(server: Server) -> None:
         assert not [name for name in response.headers if name.lower().startswith("access-control")]
 
 
+def test_a_page_whose_name_points_here_is_refused(server: Server) -> None:
+    port = server.url.rpartition(":")[2]
+    for host, status in (("evil.example", 403), (f"evil.example:{port}", 403), ("", 403), (f"LOCALHOST:{port}", 200), (f"[::1]:{port}", 200)):
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=PATIENCE)
+        connection.request("GET", "/v1/models", headers={"Host": host})
+        assert connection.getresponse().status == status, host
+        connection.close()
+
+
 def test_a_half_request_holds_no_place(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     sockets = [socket.create_connection((host, int(port)), PATIENCE) for _ in range(5)]
     for connection in sockets:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     assert server.client().completions.create(model="books", prompt=PROMPT, max_tokens=1).choices
     for connection in sockets:
         connection.close()

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from gearcpp.server.settings import GearServerSettings
 
 _SERVER = "Server"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @app.command()
@@ -94,9 +93,11 @@ def _embedder(first: dict[str, Any], n_ctx: int) -> dict[str, Any]:
 
 
 def _warn(server: GearServerSettings) -> None:
-    if server.host not in _LOOPBACK and not server.api_key:
+    from gearcpp.server.gate import LOOPBACK
+
+    if server.host not in LOOPBACK and not server.api_key:
         notice(f"note: anyone who reaches {server.host}:{server.port} can use this server; --api-key asks for a key")
-    if server.api_key and not server.ssl_certfile and server.host not in _LOOPBACK:
+    if server.api_key and not server.ssl_certfile and server.host not in LOOPBACK:
         notice("note: the API key crosses the network in the clear; put a proxy with TLS in front, or set ssl_certfile and ssl_keyfile in --config")
 
 

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 import gearcpp
 
 from .errors import describe
-from .gate import Gate
+from .gate import LOOPBACK, Gate
 from .metrics import Metrics
 from .proxy import GearProxy
 from .settings import GearModelSettings, GearServerSettings
@@ -65,7 +65,14 @@ def create_app(server: GearServerSettings, models: list[GearModelSettings]) -> F
 
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
-    app.add_middleware(Gate, api_key=server.api_key, max_body_bytes=server.max_body_bytes, max_requests=max_requests, counts=counts)
+    app.add_middleware(
+        Gate,
+        api_key=server.api_key,
+        is_private=server.host in LOOPBACK and not server.api_key,
+        max_body_bytes=server.max_body_bytes,
+        max_requests=max_requests,
+        counts=counts,
+    )
     if server.cors_origins:
         is_any = "*" in server.cors_origins
         app.add_middleware(

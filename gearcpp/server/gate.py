@@ -1,4 +1,4 @@
-"""What a request passes before llama-cpp-python's routes see it: API key, size, a place in the queue, and a look at the body.
+"""What a request passes before llama-cpp-python's routes see it: host name, API key, size, a place in the queue, and a look at the body.
 
 It also tells those who work for a client when it goes, and makes an error that comes before the first piece of a stream an HTTP error: the routes send
 the headers of a stream before they call the model.
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import errors, requests
 from .client import Client, current_client
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PUBLIC = ("/health", "/v1/health")  # no API key: load balancers ask here
 
 
@@ -28,14 +29,19 @@ class Gate:
     Args:
         app: what lies behind.
         api_key: what clients must send as a bearer token; None: nothing.
+        is_private: only requests that name this machine itself as their host are taken. A web page whose own name was made to point here (DNS rebinding)
+            would otherwise be of the same origin as this server.
         max_body_bytes: of a request; larger ones are answered with 413.
         max_requests: requests to generating paths that are in work or wait; any more are answered with 429.
         counts: requests answered, by path and status; counted here.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, max_requests: int, counts: Counter[tuple[str, int]]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, is_private: bool, max_body_bytes: int, max_requests: int, counts: Counter[tuple[str, int]]
+    ) -> None:
         self._app = app
         self._api_key = api_key
+        self._is_private = is_private
         self._max_body_bytes = max_body_bytes
         self._max_requests = max_requests
         self._counts = counts
@@ -50,6 +56,9 @@ class Gate:
         headers = Headers(scope=scope)
         sender = _Sender(send)
         try:
+            if self._is_private and _host(headers) not in LOOPBACK:
+                await sender.refuse(403, f"this server is private to its machine: ask for localhost, not {_host(headers)!r}, or start it with an API key")
+                return
             if self._api_key and path not in PUBLIC and not _has_key(headers, self._api_key):
                 await sender.refuse(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'", {"WWW-Authenticate": "Bearer"})
                 return
@@ -193,6 +202,12 @@ class _Sender:
         response = JSONResponse(body, status, headers)
         await self._send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
         await self._send({"type": "http.response.body", "body": response.body})
+
+
+def _host(headers: Headers) -> str:
+    """The host name that a request is for, without its port."""
+    name = headers.get("host", "").lower()
+    return name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
 
 
 def _has_key(headers: Headers, api_key: str) -> bool:

@@ -85,6 +85,19 @@ def test_chat_whole_and_streamed(server: Server) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
 
 
+def test_a_stream_tells_what_it_took_where_that_is_asked_for(server: Server) -> None:
+    chunks = list(
+        server.client().completions.create(model="books", prompt=PROMPT, max_tokens=9, temperature=0, stream=True, stream_options={"include_usage": True})
+    )
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 9 and chunks[-1].choices == []
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks[:-1])
+    messages: Any = [{"role": "user", "content": "Who are you?"}]
+    events = list(
+        server.client().chat.completions.create(model="books", messages=messages, max_tokens=9, stream=True, stream_options={"include_usage": True})
+    )
+    assert events[-1].usage and events[-1].usage.prompt_tokens > 5 and events[-1].id == events[0].id and events[-1].object == events[0].object
+
+
 def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(server: Server) -> None:
     free = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=30, temperature=0).choices[0].text
     stop = free[10:15]  # cuts across tokens

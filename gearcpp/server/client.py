@@ -1,16 +1,22 @@
-"""The client behind a request, as far as the code that answers it has to know: whether it is still there."""
+"""The client behind a request, as far as the code that answers it has to know: whether it is still there, and what it wants to hear at the end."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
 
 
 class Client:
-    """Tells those who work for it when it goes."""
+    """Tells those who work for it when it goes.
+
+    Attributes:
+        last_event: what a stream ends with, the tokens that it took among it; set by those who work for the client, None before that.
+    """
 
     def __init__(self) -> None:
+        self.last_event: dict[str, Any] | None = None
         self._lock = threading.Lock()
         self._is_gone = False
         self._callbacks: list[Callable[[], None]] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -85,7 +86,10 @@ class Gate:
         client = Client()
         token = current_client.set(client)
         try:
-            replay = _Replay(requests.prepare(path, data), receive)
+            request = requests.prepare(path, data)
+            replay = _Replay(request.body, receive)
+            if request.wants_usage:
+                sender.last_event = lambda: _last_event(path, client)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(replay.watch, client)
                 try:
@@ -162,12 +166,15 @@ class _Sender:
         self._start: Message | None = None
         self._end: Message | None = None
         self._is_stream = False
+        self.last_event: Callable[[], bytes] = bytes  # what to send before the mark at a stream's end
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
             self._start = message
         elif not self._is_stream or message.get("body"):
+            if self._is_stream and message["body"].startswith(b"data: [DONE]"):
+                message = {**message, "body": self.last_event() + message["body"]}
             await self._pass(message)
         elif not message.get("more_body"):
             self._end = message
@@ -202,6 +209,14 @@ class _Sender:
         response = JSONResponse(body, status, headers)
         await self._send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
         await self._send({"type": "http.response.body", "body": response.body})
+
+
+def _last_event(path: str, client: Client) -> bytes:
+    """The tokens that a stream took, as its route would send them if it knew of that."""
+    event = client.last_event
+    if event and path == requests.CHAT:
+        event = {**event, "id": f"chat{event['id']}", "object": "chat.completion.chunk"}
+    return f"data: {json.dumps(event)}\n\n".encode() if event else b""
 
 
 def _host(headers: Headers) -> str:

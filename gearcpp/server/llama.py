@@ -14,7 +14,7 @@ import llama_cpp
 from gearcpp import Llama
 from gearcpp.errors import ConfigError
 
-from .client import current_client
+from .client import Client, current_client
 from .errors import ContextLengthError
 from .sampling import MOST_LOGPROBS, Sampler, Sampling
 from .scheduler import Scheduler
@@ -136,7 +136,7 @@ class ServedLlama(Llama):
         head = {"id": f"cmpl-{uuid.uuid4()}", "object": "text_completion", "created": int(time.time()), "model": self.name}
         opening = prompt if echo and isinstance(prompt, str) else ""
         offset = len(prompt) if isinstance(prompt, str) else 0
-        return _chunks(answer, head, opening, offset) if stream else _completion(answer, head, opening, offset)
+        return _chunks(answer, head, opening, offset, client) if stream else _completion(answer, head, opening, offset)
 
     def _prompt_tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -200,16 +200,21 @@ def _completion(answer: Answer, head: dict[str, Any], opening: str, offset: int)
     logprobs = [entry for piece in pieces for entry in piece.logprobs]
     text = opening + "".join(piece.text for piece in pieces)
     choice = _choice(text, logprobs if answer.has_logprobs else None, offset, answer.finish_reason)
-    usage = {"prompt_tokens": answer.n_prompt, "completion_tokens": answer.n_answer, "total_tokens": len(answer.tokens)}
-    return {**head, "choices": [choice], "usage": usage}
+    return {**head, "choices": [choice], "usage": _usage(answer)}
 
 
-def _chunks(answer: Answer, head: dict[str, Any], opening: str, offset: int) -> Iterator[dict[str, Any]]:
+def _usage(answer: Answer) -> dict[str, int]:
+    return {"prompt_tokens": answer.n_prompt, "completion_tokens": answer.n_answer, "total_tokens": len(answer.tokens)}
+
+
+def _chunks(answer: Answer, head: dict[str, Any], opening: str, offset: int, client: Client | None) -> Iterator[dict[str, Any]]:
     try:
         if opening:
             yield {**head, "choices": [_choice(opening, None, offset, None)]}
         for piece in answer.pieces():
             yield {**head, "choices": [_choice(piece.text, piece.logprobs if answer.has_logprobs else None, offset, None)]}
+        if client:
+            client.last_event = {**head, "choices": [], "usage": _usage(answer)}
         yield {**head, "choices": [_choice("", None, offset, answer.finish_reason)]}
     finally:
         answer.cancel()  # nothing, when it is complete

@@ -6,6 +6,7 @@ The routes leave out fields that they do not know and answer as if these had not
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from gearcpp.errors import ConfigError
@@ -16,8 +17,21 @@ EMBEDDINGS = "/v1/embeddings"
 GENERATING = (*COMPLETIONS, CHAT, EMBEDDINGS)  # paths whose requests take their turn; all others answer at once
 
 
-def prepare(path: str, data: bytes) -> bytes:
-    """The body of a request to one of the `GENERATING` paths as the routes should get it.
+@dataclass(frozen=True)
+class Prepared:
+    """A request as the routes should get it.
+
+    Attributes:
+        body: JSON.
+        wants_usage: whether a stream's last event should say how many tokens it took (``stream_options.include_usage``), which the routes do not know.
+    """
+
+    body: bytes
+    wants_usage: bool
+
+
+def prepare(path: str, data: bytes) -> Prepared:
+    """A request to one of the `GENERATING` paths.
 
     Raises:
         ConfigError: it is not a JSON object, or asks for what is not supported.
@@ -38,7 +52,8 @@ def prepare(path: str, data: bytes) -> bytes:
             _prepare_chat(request)
         else:
             _prepare_completion(request)
-    return json.dumps(request).encode()
+    options = request.get("stream_options")
+    return Prepared(json.dumps(request).encode(), bool(isinstance(options, dict) and options.get("include_usage")))
 
 
 def _prepare_completion(request: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """How many tokens a second a server gives to 1, 4 and 8 clients: requests decoded together, one after the other, and by llama-server.
 
     python benchmarks/serve_throughput.py -m model.gguf -t 2 --kv gear --clients 1,4,8 --prompt 512 --predict 128 [--llama-server PATH]
+    python benchmarks/serve_throughput.py --shape llama-8b:4 ...      # a model of random weights, as in `gearcpp bench`, with a vocabulary
 
 Every client sends one streamed request after another; all of them have the same number of prompt words and answer with the same number of tokens (the end
 token is forbidden). The servers are started once and wait, without work, for their turn; each repetition goes through all of them, forwards and backwards
@@ -34,6 +35,8 @@ from typing import Any
 STARTUP = 600.0  # seconds for a model to load
 # Words that any vocabulary has as one or two tokens.
 WORDS = "the of and to in a was that his he it with as had for her not at on by she but be him which from you they all were have said one me would".split()  # noqa: SIM905
+# What shaped_model makes tokens of.
+CHARACTERS = [chr(code) for code in range(0x4E00, 0x4E00 + 2048)]
 
 
 @dataclass
@@ -46,17 +49,19 @@ class Run:
 
 def main() -> None:
     args = parse()
+    if args.shape:
+        args.model = shaped_model(args.shape)
     clients = [int(n) for n in args.clients.split(",")]
     commands = server_commands(args, max(clients))
     with ExitStack() as stack:
         ports = {name: stack.enter_context(started(command)) for name, command in commands.items()}
         for port in ports.values():
-            measure(port, 1, args, random.Random(0), n_requests=1)  # warm
+            measure(port, 1, args, random.Random("warm"), n_requests=1)  # warm
         runs = {(name, n): Run() for name in ports for n in clients}
         for repetition in range(args.repetitions):
             order = list(runs)
             for name, n in order if repetition % 2 == 0 else reversed(order):
-                result = measure(ports[name], n, args, random.Random(repetition))
+                result = measure(ports[name], n, args, random.Random(f"{repetition} {n}"))
                 runs[name, n].tokens_per_second.append(result[0])
                 runs[name, n].first_token += result[1]
                 print(f"# {repetition} {name} {n} clients: {result[0]:.1f} t/s", file=sys.stderr)
@@ -66,6 +71,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, help="GGUF file; default: the bundled one")
+    parser.add_argument("--shape", help="instead: a model of random weights, NAME[:LAYERS] of `gearcpp bench --shape`")
     parser.add_argument("--kv", default="gear", help="cache types of gearcpp, a list (default: gear)")
     parser.add_argument("--clients", default="1,4,8")
     parser.add_argument("--prompt", type=int, default=256, help="words of a prompt")
@@ -79,6 +85,41 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llama-cache", default="f16,q8_0", help="its cache types, a list (default: f16,q8_0)")
     parser.add_argument("--json", action="store_true", help="all numbers, for programs")
     return parser.parse_args()
+
+
+def shaped_model(shape: str) -> Path:
+    """A model of `gearcpp bench` with a vocabulary: three special tokens, the bytes, and Chinese characters, each of which is one token."""
+    import gguf
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+    from gearcpp.cli.bench._shapes import named_model
+
+    _, source = named_model(shape)
+    path = source.with_name(f"{source.stem}-vocabulary.gguf")
+    if path.exists():
+        return path
+    reader = gguf.GGUFReader(source)
+    arch = str(reader.fields["general.architecture"].contents())
+    n_vocab = int(reader.fields[f"{arch}.vocab_size"].contents())
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *CHARACTERS]
+    tokens += [f"token{i}" for i in range(len(tokens), n_vocab)]
+    types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, *[gguf.TokenType.BYTE] * 256]
+    types += [gguf.TokenType.NORMAL] * (n_vocab - len(types))
+    kind = gguf.GGUFValueType
+    metadata = {
+        "tokenizer.ggml.model": MetadataDetails(kind.STRING, "llama"),
+        "tokenizer.ggml.tokens": MetadataDetails(kind.ARRAY, tokens[:n_vocab]),
+        "tokenizer.ggml.scores": MetadataDetails(kind.ARRAY, [0.0] * n_vocab),
+        "tokenizer.ggml.token_type": MetadataDetails(kind.ARRAY, [int(value) for value in types[:n_vocab]]),
+        "tokenizer.ggml.bos_token_id": MetadataDetails(kind.UINT32, 1),
+        "tokenizer.ggml.eos_token_id": MetadataDetails(kind.UINT32, 2),
+        "tokenizer.ggml.add_space_prefix": MetadataDetails(kind.BOOL, False),
+    }
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        copy_with_new_metadata(reader, gguf.GGUFWriter(unfinished, arch), metadata, [])
+        unfinished.replace(path)
+    return path
 
 
 def server_commands(args: argparse.Namespace, n_parallel: int) -> dict[str, list[str]]:
@@ -162,8 +203,9 @@ def measure(port: int, n_clients: int, args: argparse.Namespace, randomness: ran
 
 
 def prompt(args: argparse.Namespace, randomness: random.Random) -> str:
-    common = random.Random(1).choices(WORDS, k=args.shared)
-    return " ".join([*common, *randomness.choices(WORDS, k=args.prompt - args.shared)])
+    words, space = (CHARACTERS, "") if args.shape else (WORDS, " ")
+    common = random.Random(1).choices(words, k=args.shared)
+    return space.join([*common, *randomness.choices(words, k=args.prompt - args.shared)])
 
 
 def request(port: int, text: str, n_predict: int) -> float:

@@ -63,7 +63,7 @@ def assert_same(alone: dict[str, Any], batched: dict[str, Any]) -> int:
     """Greedy answers agree as far as rounding allows: the same tokens with the same log-probabilities; where they part, it was a tie. Equal tokens."""
     one, other = alone["choices"][0]["logprobs"], batched["choices"][0]["logprobs"]
     for i, (token, twin) in enumerate(zip(one["tokens"], other["tokens"], strict=True)):
-        first, second = sorted(one["top_logprobs"][i].values(), reverse=True)[:2]
+        first, second, *_ = [*sorted(one["top_logprobs"][i].values(), reverse=True), -np.inf]
         if token != twin:
             assert first - second < CLOSE, (i, token, twin, one["top_logprobs"][i], other["top_logprobs"][i])
             return i

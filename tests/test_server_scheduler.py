@@ -144,6 +144,18 @@ def test_a_later_turn_of_a_conversation_evaluates_only_what_is_new() -> None:
         assert_same(same, answer(llm, first, 10))
 
 
+@pytest.mark.parametrize(("kv_type", "evaluated"), [("f16", [200] + [100] * 7), ("gear", [200, 100, 100, 100, 100, 200, 100, 100])])
+def test_under_gear_a_beginning_is_evaluated_anew_when_all_cells_were_written_once_more(kv_type: str, evaluated: list[int]) -> None:
+    with served(2, 512, kv_type=kv_type) as llm:
+        assert llm.scheduler
+        start, found = words(llm, 100, 1), []
+        for i in range(8):
+            before = llm.scheduler.counters.prompt_tokens
+            answer(llm, [*start, *words(llm, 101, 10 + i)[1:]], 1)
+            found.append(llm.scheduler.counters.prompt_tokens - before)
+        assert found == evaluated
+
+
 def test_what_cannot_be_cut_is_evaluated_from_its_beginning() -> None:
     with served(2) as llm:
         assert llm.scheduler

@@ -65,6 +65,7 @@ def test_cells_are_counted_once_however_many_hold_them() -> None:
     first = ledger.take(6)
     second = [*ledger.share(first[:4]), *ledger.take(2)]
     assert (ledger.used, ledger.free) == (8, 2)
+    assert ledger.age(first[0]) == 8 and ledger.age(second[-1]) == 1
     ledger.release(first)
     assert ledger.used == 6
     ledger.release(second)

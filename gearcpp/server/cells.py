@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 
@@ -16,7 +15,7 @@ class CellLedger:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._holders: dict[int, int] = {}
-        self._numbers = itertools.count()
+        self._n_taken = 0
 
     @property
     def used(self) -> int:
@@ -28,10 +27,15 @@ class CellLedger:
         """Cells that none holds."""
         return self.capacity - len(self._holders)
 
+    def age(self, cell: int) -> int:
+        """Cells taken since this one was."""
+        return self._n_taken - cell
+
     def take(self, n: int) -> list[int]:
         """n free cells for one sequence. The caller has looked at `free`."""
         assert n <= self.free, f"{n} cells wanted, {self.free} are free"
-        cells = list(itertools.islice(self._numbers, n))
+        cells = list(range(self._n_taken, self._n_taken + n))
+        self._n_taken += n
         self._holders.update(dict.fromkeys(cells, 1))
         return cells
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -34,6 +35,9 @@ logger = logging.getLogger("gearcpp.server")
 
 HEADROOM = 64  # cells that must be free for an answer's first tokens before its prompt is begun
 WORTH_WAITING = 32  # tokens in common with a prompt under way for which a prompt waits, to share them
+# When as many tokens were written as this many contexts hold, a beginning is evaluated anew instead of shared: where its rows are in a tile with cells that
+# others write again and again, GEAR's ranges widen each time, and the rows lose (docs/server.md).
+TURNS = 1
 _KV_PERIOD = 0.5  # seconds between two looks at the KV cache's statistics
 _RATE_PERIOD = 0.5  # seconds over which tokens per second are counted, at least
 
@@ -96,6 +100,7 @@ class Scheduler:
         # A recurrent state cannot be cut to a common beginning.
         self._can_cut = not (llama_cpp.llama_model_is_recurrent(llm.model) or llama_cpp.llama_model_is_hybrid(llm.model))
         self._cells = CellLedger(llm.n_ctx())
+        self._most_age = TURNS * llm.n_ctx() if llm.kv_type.gear else math.inf
         self._slots = [_Slot(i) for i in range(n_slot)]
         self._batch = _Batch(llm.n_batch)
         self._orders = itertools.count(1)
@@ -223,13 +228,13 @@ class Scheduler:
         """Whether a running sequence's prompt, when it is in the cache, will have much more in common with this one than anything has now."""
         if not self._can_cut:
             return False
-        now = max(_common(slot.tokens, sequence.tokens) for slot in self._slots)
+        now = max(self._n_shareable(slot, sequence) for slot in self._slots)
         return any(slot.n_rest > 1 and _common(slot.sequence.tokens, sequence.tokens) >= now + WORTH_WAITING for slot in self._running if slot.sequence)
 
     def _prepare(self, idle: list[_Slot], sequence: Sequence) -> _Slot:
         """An idle slot that holds the longest beginning of the sequence that is in the cache (all but its last token, whose logits are wanted)."""
-        donor = max(self._slots, key=lambda slot: _common(slot.tokens, sequence.tokens))
-        n = min(_common(donor.tokens, sequence.tokens), len(sequence.tokens) - 1) if self._can_cut else 0
+        donor = max(self._slots, key=lambda slot: self._n_shareable(slot, sequence))
+        n = min(self._n_shareable(donor, sequence), len(sequence.tokens) - 1)
         empty_first = sorted(idle, key=lambda slot: (bool(slot.tokens), slot.order))
         if n and donor in idle and (2 * n >= len(donor.tokens) or len(idle) == 1):
             self._cut(donor, n)
@@ -241,6 +246,12 @@ class Scheduler:
             target.tokens = donor.tokens[:n]
             target.cells = self._cells.share(donor.cells[:n])
         return target
+
+    def _n_shareable(self, slot: _Slot, sequence: Sequence) -> int:
+        """Tokens at the beginning of a sequence whose cells a slot can share."""
+        if not self._can_cut or not slot.cells or self._cells.age(slot.cells[0]) > self._most_age:
+            return 0
+        return _common(slot.tokens, sequence.tokens)
 
     def _evict(self, spared: _Slot | None = None) -> bool:
         """Give up the finished sequence that ended longest ago. Whether there was one."""

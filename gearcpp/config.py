@@ -6,9 +6,10 @@ This module needs nothing but the standard library; the native library checks a 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Union
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Protocol, Union, runtime_checkable
 
 from .errors import ConfigError
 
@@ -98,6 +99,23 @@ PRESETS: dict[str, GearConfig] = {
 }
 
 
+@runtime_checkable
+class TileMethod(Protocol):
+    """A method that codes tiles in place of the native codec; `gearcpp.reference` has those of the literature.
+
+    Attributes:
+        name: what to call it.
+        tile: tokens that it expects in a tile, 64, 128 or 256; None: any number.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tile(self) -> int | None: ...
+    def __call__(self, side: str, x: Any, written: Any = None, positions: Any = None, *, layer: int = 0, head: int = 0) -> tuple[Any, float]:
+        """Code the rows x [tile, d_head] that were written: the reconstruction, and the bytes that the method would store."""
+
+
 @dataclass(frozen=True)
 class KVType:
     """A ``kv_type`` understood: either a GEAR configuration or llama.cpp's own types for K and V.
@@ -106,12 +124,14 @@ class KVType:
         name: what to call it in tables and messages.
         gear: the configuration of a GEAR cache, or None.
         type_k, type_v: llama.cpp's own types by name; "f16" both when ``gear`` is set (the nominal type of the cache tensors).
+        method: what codes the tiles in place of the native codec, or None. Of ``gear`` only the tile, the tail and the sinks then have a say.
     """
 
     name: str
     gear: GearConfig | None
     type_k: str = "f16"
     type_v: str = "f16"
+    method: TileMethod | None = field(default=None, hash=False)
 
     @property
     def type_numbers(self) -> tuple[int, int]:
@@ -119,18 +139,22 @@ class KVType:
         return LLAMA_CACHE_TYPES[self.type_k], LLAMA_CACHE_TYPES[self.type_v]
 
 
-KVTypeLike = Union[str, GearConfig, "KVType", Mapping[str, Any], tuple[str, str]]
+KVTypeLike = Union[str, GearConfig, "KVType", TileMethod, Mapping[str, Any], tuple[str, str]]
 
 
-def normalize_kv_type(kv_type: KVTypeLike) -> KVType:
+def normalize_kv_type(kv_type: KVTypeLike, *, recorder: Any = None) -> KVType:
     """Understand every form of ``kv_type``: the only place where user input about the cache is read.
 
     Args:
         kv_type: a preset name ("gear", "gear3", ...), one of llama.cpp's types ("f16", "q8_0", ...), a pair of the latter for K and V,
-            a `GearConfig`, a mapping of GearConfig fields, or a `KVType`.
+            a `GearConfig`, a mapping of GearConfig fields, or a `KVType`; a method of `gearcpp.reference`, or its name as "sim:NAME", which codes the
+            tiles in place of the native codec. A name may end in "+tailN", which keeps the last N rows exact; one of llama.cpp's types gets its tail
+            through the reference method of the same name.
+        recorder: what methods that are calibrated read beforehand (`gearcpp.reference.record`), or a function that gives it.
 
     Raises:
         ConfigError: the name is unknown (the nearest ones are suggested), a field is unknown or out of range, or the type is wrong.
+        UnsupportedError: a reference method was named, and PyTorch is not installed.
     """
     if isinstance(kv_type, KVType):
         return kv_type
@@ -142,6 +166,12 @@ def normalize_kv_type(kv_type: KVTypeLike) -> KVType:
         return normalize_kv_type(config)
     if isinstance(kv_type, str):
         name = kv_type.strip().lower()
+        if found := re.fullmatch(r"(?P<name>.*)\+tail(?P<n_tail>\d+)", name):
+            return _with_tail(found["name"], int(found["n_tail"]), recorder)
+        if name.startswith("sim:"):
+            from .reference import method
+
+            return _of_method(method(name.removeprefix("sim:"), recorder))
         if name in PRESETS:
             return KVType(name, PRESETS[name])
         if name in LLAMA_CACHE_TYPES:
@@ -159,7 +189,28 @@ def normalize_kv_type(kv_type: KVTypeLike) -> KVType:
             if t not in LLAMA_CACHE_TYPES:
                 raise ConfigError(f"unknown cache type {t!r}{_suggest(t, list(LLAMA_CACHE_TYPES))}; known: {', '.join(LLAMA_CACHE_TYPES)}")
         return KVType(type_k if type_k == type_v else f"{type_k}/{type_v}", None, type_k, type_v)
-    raise ConfigError(f"kv_type must be a name, a pair of names, a GearConfig or a mapping of its fields, not {type(kv_type).__name__}")
+    if isinstance(kv_type, TileMethod) and not isinstance(kv_type, type):
+        return _of_method(kv_type)
+    hint = "; a plain function codes tiles as codec=" if callable(kv_type) else ""
+    raise ConfigError(f"kv_type must be a name, a pair of names, a GearConfig, a mapping of its fields or a method, not {type(kv_type).__name__}{hint}")
+
+
+def _of_method(method: TileMethod) -> KVType:
+    config = GearConfig() if method.tile is None else GearConfig(tile=method.tile)
+    check_config(config)
+    return KVType(f"sim:{method.name}", config, method=method)
+
+
+def _with_tail(name: str, n_tail: int, recorder: Any) -> KVType:
+    kv = normalize_kv_type(name, recorder=recorder)
+    if not kv.gear:
+        if "/" in kv.name:
+            raise ConfigError(f"{name}+tail{n_tail}: an exact tail is for one type on both sides, such as q4_0+tail{n_tail}")
+        kv = normalize_kv_type(f"sim:{name}")
+    assert kv.gear
+    config = kv.gear.replace(n_tail=n_tail)
+    check_config(config)
+    return replace(kv, name=f"{name}+tail{n_tail}", gear=config)
 
 
 def check_config(config: GearConfig) -> None:

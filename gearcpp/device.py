@@ -15,6 +15,7 @@ from . import _native
 from .config import GearConfig
 from .errors import CodecError, GearError, UnsupportedError, from_status
 from .model_info import KVLayer, ModelInfo
+from .python_codec import CountedCodec
 
 _USED_OTHERWISE = 2  # gear_store_stats.kind
 
@@ -32,6 +33,9 @@ class GearDevice:
         n_ubatch: most tokens of one step (llama.cpp's n_ubatch).
         codec: a codec in Python instead of the native one.
 
+    Attributes:
+        codec: the codec in Python with its count of bytes; None: the native one.
+
     Raises:
         UnsupportedError: the model's family or all of its heads cannot have a GEAR cache.
         ConfigError, AbiError, OutOfMemoryError: as the native library says.
@@ -44,7 +48,8 @@ class GearDevice:
         _native.open_ggml()
         self._codec_failure: BaseException | None = None
         self._layers = _native.ffi.new("gear_layer[]", [(layer.il, layer.n_head_kv, layer.d_head_k, layer.d_head_v) for layer in info.layers])
-        self._callback = self._make_callback(codec) if codec else _native.ffi.NULL
+        self.codec = CountedCodec(codec) if codec else None
+        self._callback = self._make_callback(self.codec) if self.codec else _native.ffi.NULL
         params = _native.ffi.new(
             "gear_device_params *",
             {
@@ -66,7 +71,7 @@ class GearDevice:
         params.n_gpu_layers = -1
 
     def take_failure(self) -> GearError | None:
-        """The failure that made a llama.cpp call fail, or None; asking clears it."""
+        """The failure that made a llama.cpp call fail, or None; asking clears it. Ctrl-C within a codec in Python is raised as Ctrl-C."""
         if self._device == _native.ffi.NULL:
             return None
         status = _native.ffi.new("gear_status *")
@@ -74,6 +79,8 @@ class GearDevice:
         cause, self._codec_failure = self._codec_failure, None
         if status[0] == _native.lib.GEAR_OK:
             return None
+        if cause and not isinstance(cause, Exception):
+            raise cause
         failure = CodecError(f"the codec failed: {cause!r}") if cause else from_status(status[0], message)
         failure.__cause__ = cause
         return failure

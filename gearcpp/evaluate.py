@@ -18,7 +18,7 @@ import llama_cpp
 
 from .errors import ConfigError, DataError
 from .llama import Llama
-from .perplexity import REFERENCE, CacheSpec, MethodCodec, parse_cache
+from .perplexity import REFERENCE, CacheSpec, parse_cache
 
 N_BATCH = 128  # tokens read at once; they stay exact meanwhile, so a long batch would keep a short prompt from being packed at all
 N_SHOTS = 8  # worked examples before a problem of GSM8K, as usual
@@ -39,7 +39,6 @@ def load(path: str | os.PathLike[str], spec: CacheSpec, *, n_ctx: int, n_threads
     return Llama(
         str(path),
         kv_type=spec.kv_type,
-        codec=MethodCodec(spec.method) if spec.method else None,
         n_ctx=n_ctx,
         n_batch=N_BATCH,
         n_ubatch=N_BATCH,

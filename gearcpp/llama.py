@@ -19,6 +19,7 @@ from .config import KVType, KVTypeLike, normalize_kv_type
 from .device import Codec, GearDevice
 from .errors import ClosedError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
 from .model_info import NO_CACHE, ModelInfo, read_model_info
+from .python_codec import codec_of
 
 # The parent redirects stdout and stderr of the whole process while it loads, and the log callback is one for the process: one construction at a time.
 _construction = threading.RLock()
@@ -40,7 +41,8 @@ class Llama(llama_cpp.Llama):
     Args:
         model_path: a GGUF file, or the first one of a split model.
         kv_type: "gear" (the default preset), another preset (`gearcpp.PRESETS`), a `GearConfig` or a mapping of its fields, one of llama.cpp's own types
-            ("f16", "q8_0", "q4_0", ...), or a pair of those for K and V.
+            ("f16", "q8_0", "q4_0", ...), or a pair of those for K and V; or a method of `gearcpp.reference`, itself or as "sim:NAME", which codes the
+            tiles in place of the native codec: for research, slow, and saves no memory.
         codec: a Python function that codes the tiles of a GEAR cache in place of the native codec (see `gearcpp.device.Codec`); for research, slow.
         arguments: those of llama_cpp.Llama.
 
@@ -61,8 +63,7 @@ class Llama(llama_cpp.Llama):
         self.info: ModelInfo = read_model_info(model_path, arguments.get("kv_overrides"))
         has_cache = not arguments.get("vocab_only") and self.info.arch not in NO_CACHE
         resolved = parent_arguments(self.kv_type, {"model_path": model_path, **arguments}, self.info.n_ctx_train, has_cache=has_cache)
-        if codec and not self.kv_type.gear:
-            raise ConfigError(f"codec codes the tiles of a GEAR cache; it has no place in kv_type={self.kv_type.name!r}")
+        codec = codec_of(self.kv_type, codec)
         if has_cache:
             self._check_memory(resolved["n_ctx"])
         if has_cache and self.kv_type.gear:
@@ -157,10 +158,14 @@ class Llama(llama_cpp.Llama):
               and bookkeeping, over the whole context.
             - ``n_written``, ``n_packed``, ``n_exact``: rows, summed over K and V of all layers; ``packed_share``: n_packed / n_written.
             - ``scratch_bytes``: scratch of attention and packing.
+            - ``codec_bits_per_element``, ``codec_bytes``: only with a codec in Python, whose tiles are kept as f16 and save no memory (``kind`` says so
+              for each layer, and all other figures are of that memory): what the codec would store, for each number and for all rows packed now, from
+              the mean of the tiles that it coded so far.
         """
         self._require_open()
         if self._device:
-            return kv_stats.summarize(self.kv_type, kv_stats.gear_layers(self._device.stats()), self._device.scratch_bytes())
+            stores = kv_stats.gear_layers(self._device.stats(), self._device.codec)
+            return kv_stats.summarize(self.kv_type, stores, self._device.scratch_bytes())
         layers = () if self._given.get("vocab_only") else self.info.layers
         return kv_stats.summarize(self.kv_type, kv_stats.llama_layers(self.kv_type, layers, self.n_ctx(), self.n_tokens), 0)
 

@@ -20,6 +20,7 @@ from .config import KVTypeLike, check_names, normalize_kv_type
 from .device import Codec, GearDevice
 from .errors import ConfigError
 from .model_info import read_model_info
+from .python_codec import codec_of
 
 
 def model_params(
@@ -35,13 +36,15 @@ def model_params(
         fields: other members of llama_model_params.
 
     Returns:
-        The parameters, and the device, which must be closed after every context and model made with it; None for llama.cpp's own types.
+        The parameters, and the device, which must be closed after every context and model made with it; None for llama.cpp's own types. With a codec
+        in Python ``device.codec.bits_per_element()`` is what that would store; the memory is that of f16.
 
     Raises:
         ConfigError: a field is unknown or contradicts the cache.
         GearError: others as in `gearcpp.Llama`.
     """
     kv = normalize_kv_type(kv_type)
+    codec = codec_of(kv, codec)
     params = _filled(llama_cpp.llama_model_default_params(), fields, reserved=("devices", "n_gpu_layers", "split_mode", "tensor_split") if kv.gear else ())
     if not kv.gear:
         return params, None

@@ -13,28 +13,24 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from ._llama_log import LlamaLog
-from .config import GearConfig, KVType, check_config, normalize_kv_type
+from .config import KVType, normalize_kv_type
 from .device import GearDevice
 from .errors import ConfigError, DataError, GearError, UnsupportedError
 from .fidelity import F32, I32, Summary, Tally, compare
 from .kv_stats import gear_layers, llama_layers, summarize
 from .low_level import context_params, model_params
 from .model_info import ModelInfo, read_model_info
-
-if TYPE_CHECKING:
-    from .reference import Method
 
 F16 = normalize_kv_type("f16")
 ENOUGH_TOKENS = 20_000  # scored tokens from which the standard errors of the rarer figures mean something
@@ -87,77 +83,33 @@ class CacheSpec:
     Attributes:
         label: its name there.
         kv_type: the cache.
-        method: a reference method that codes the tiles in place of the native codec.
         n_ubatch: another ubatch size than the settings' (f16 against itself).
     """
 
     label: str
     kv_type: KVType
-    method: Method | None = None
     n_ubatch: int | None = None
 
 
 REFERENCE = CacheSpec("f16", F16)
 
 
-def parse_cache(text: str, seed: int | None = None) -> CacheSpec:
+def parse_cache(text: str, seed: int | None = None, recorder: Any = None) -> CacheSpec:
     """Understand one name of ``--kv``.
 
     Args:
-        text: a preset or one of llama.cpp's types, or a pair of the latter (``q8_0/q4_0``); or ``sim:`` and a method of `gearcpp.reference`, which runs in
-            the place of the native codec. ``+tailN`` sets how many rows stay exact; one of llama.cpp's types gets its tail through the reference method
-            of the same name.
+        text: any name of `normalize_kv_type`, such as ``gear3``, ``q8_0/q4_0``, ``sim:kivi2`` or ``q4_0+tail128``.
         seed: of GEAR's power iteration; None: the preset's.
+        recorder: for methods that are calibrated, as in `normalize_kv_type`.
 
     Raises:
         ConfigError: the name is unknown.
         UnsupportedError: a reference method was asked for, and PyTorch is not installed.
     """
-    label = text.strip()
-    match = re.fullmatch(r"(?P<is_method>sim:)?(?P<name>.*?)(\+tail(?P<n_tail>\d+))?", label)
-    assert match
-    name, changes = match["name"], {} if seed is None else {"seed": seed}
-    if match["n_tail"]:
-        changes["n_tail"] = int(match["n_tail"])
-    if not match["is_method"]:
-        kv_type = normalize_kv_type(name)
-        if kv_type.gear:
-            return CacheSpec(label, replace(kv_type, gear=_checked(kv_type.gear, changes)))
-        if not match["n_tail"]:
-            return CacheSpec(label, kv_type)
-    from .reference import method
-
-    coded = method(name)
-    return CacheSpec(label, KVType(label, _checked(GearConfig(tile=coded.tile or GearConfig.tile), changes)), coded)
-
-
-class MethodCodec:
-    """A reference method in the form in which a GEAR device calls it (`gearcpp.device.Codec`), with a count of what it would store.
-
-    The device keeps what the method returns as f16, so its own figures say 16 bits.
-    """
-
-    def __init__(self, method: Method) -> None:
-        self.method = method
-        self._n_bytes, self._n_elements = 0.0, 0
-
-    def __call__(self, il: int, side: str, head: int, x: F32, written: npt.NDArray[np.bool_], cells: npt.NDArray[np.int64]) -> tuple[F32, float]:
-        """Code a tile of one head, x [T, d_head]; cells are positions, as one sequence from 0 on is all that is measured."""
-        restored, n_bytes = self.method(side, x, written, cells, layer=il, head=head)
-        self._n_bytes += n_bytes
-        self._n_elements += int(written.sum()) * x.shape[1]
-        return restored, n_bytes
-
-    @property
-    def bits_per_element(self) -> float:
-        """Stored bits for each number coded so far, as the method counts them."""
-        return 8 * self._n_bytes / self._n_elements if self._n_elements else math.nan
-
-
-def _checked(config: GearConfig, changes: dict[str, int]) -> GearConfig:
-    changed = config.replace(**changes)
-    check_config(changed)
-    return changed
+    kv_type = normalize_kv_type(text, recorder=recorder)
+    if kv_type.gear and seed is not None:
+        kv_type = replace(kv_type, gear=kv_type.gear.replace(seed=seed))
+    return CacheSpec(text.strip(), kv_type)
 
 
 def parse_caches(text: str, settings: Settings) -> list[CacheSpec]:
@@ -250,8 +202,8 @@ def split_chunks(tokens: I32, settings: Settings, bos: int | None) -> I32:
 class _Model:
     """A loaded model; its layers are on a GEAR device if one is given, which has to outlive it."""
 
-    def __init__(self, info: ModelInfo, params: llama_cpp.llama_model_params, device: GearDevice | None = None, codec: MethodCodec | None = None) -> None:
-        self.info, self.device, self.codec = info, device, codec
+    def __init__(self, info: ModelInfo, params: llama_cpp.llama_model_params, device: GearDevice | None = None) -> None:
+        self.info, self.device = info, device
         with LlamaLog() as log:
             self.handle = llama_cpp.llama_model_load_from_file(str(info.path).encode(), params)
         if not self.handle:
@@ -264,11 +216,8 @@ class _Model:
         llama_cpp.llama_model_free(self.handle)
 
     def failure(self, otherwise: GearError) -> GearError:
-        """Why a call of llama.cpp failed: what the device says, if it was the device. Ctrl-C within a reference method ends it as Ctrl-C."""
-        failure = (self.device and self.device.take_failure()) or otherwise
-        if isinstance(failure.__cause__, KeyboardInterrupt):
-            raise failure.__cause__
-        return failure
+        """Why a call of llama.cpp failed: what the device says, if it was the device."""
+        return (self.device and self.device.take_failure()) or otherwise
 
     def tokenize(self, text: bytes) -> I32:
         """The tokens of a text, with the special tokens that the model wants around it: i32 [n]."""
@@ -369,7 +318,7 @@ class _Context:
     def cache_stats(self, n_written: int) -> dict[str, Any]:
         """What the cache holds, as `Llama.kv_stats` has it."""
         device, kv_type = self.model.device, self.spec.kv_type
-        layers = gear_layers(device.stats()) if device else llama_layers(kv_type, self.model.info.layers, self.n_ctx, n_written)
+        layers = gear_layers(device.stats(), device.codec) if device else llama_layers(kv_type, self.model.info.layers, self.n_ctx, n_written)
         return summarize(kv_type, layers, device.scratch_bytes() if device else 0)
 
 
@@ -525,11 +474,10 @@ class Measurement:
 
     def _load(self, spec: CacheSpec, opened: ExitStack) -> _Model:
         """The model on a GEAR device of its own, both closed with the stack."""
-        codec = MethodCodec(spec.method) if spec.method else None
-        params, device = model_params(self.info.path, spec.kv_type, n_ubatch=self.settings.n_ubatch, codec=codec)
+        params, device = model_params(self.info.path, spec.kv_type, n_ubatch=self.settings.n_ubatch)
         assert device
         opened.enter_context(closing(device))
-        return opened.enter_context(closing(_Model(self.info, params, device, codec)))
+        return opened.enter_context(closing(_Model(self.info, params, device)))
 
     def _score(self, contexts: Sequence[_Context], lines: Sequence[_Line], chunk: I32, first: int) -> None:
         """Let every cache read an ubatch and hold its predictions against f16's."""
@@ -544,7 +492,7 @@ class Measurement:
         compare(logits[0], logits[1:], chunk[positions + 1], tallies[0], tallies[1:])
         for context, line in zip(contexts, lines, strict=True):
             stats = context.cache_stats(end)
-            line.bits_per_element = context.model.codec.bits_per_element if context.model.codec else stats["total"]["bits_per_element"]
+            line.bits_per_element = stats["total"].get("codec_bits_per_element", stats["total"]["bits_per_element"])
             line.packed_shares += packed_shares(line.spec.kv_type, stats, n_later=end - 1 - positions)
 
     def _check_packed(self, line: _Line) -> None:

@@ -24,6 +24,52 @@ def test_forms_of_a_gear_type() -> None:
     assert normalize_kv_type(already) is already
 
 
+class Halves:
+    """A method as `gearcpp.reference` has them, without it."""
+
+    name = "halves"
+
+    def __init__(self, tile: int | None = None) -> None:
+        self.tile = tile
+
+    def __call__(self, side, x, written=None, positions=None, *, layer=0, head=0):
+        return 0.5 * x, 10.0
+
+
+def test_a_method_object_is_a_type() -> None:
+    method = Halves()
+    kv = normalize_kv_type(method)
+    assert kv == KVType("sim:halves", GearConfig(), method=method)
+    assert kv.type_numbers == (1, 1)
+    assert normalize_kv_type(Halves(tile=64)).gear == GearConfig(tile=64)
+    assert normalize_kv_type(kv) is kv
+    assert kv != normalize_kv_type(Halves()) and len({kv, kv}) == 1
+    with pytest.raises(ConfigError, match="tile must be"):
+        normalize_kv_type(Halves(tile=100))
+    with pytest.raises(ConfigError, match="not type"):
+        normalize_kv_type(Halves)  # type: ignore[arg-type]
+
+
+def test_names_with_a_tail() -> None:
+    kv = normalize_kv_type(" Gear3+tail256")
+    assert kv == KVType("gear3+tail256", PRESETS["gear3"].replace(n_tail=256))
+
+
+def test_methods_by_name() -> None:
+    reference = pytest.importorskip("gearcpp.reference", reason="the reference methods need PyTorch", exc_type=Exception)
+    kv = normalize_kv_type("sim:KVarN42+tail64")
+    assert kv.method and kv.method.name == "kvarn42"
+    assert (kv.name, kv.gear) == ("sim:kvarn42+tail64", GearConfig(tile=128, n_tail=64))
+    assert normalize_kv_type("q4_0+tail32").method.name == "q4_0"  # type: ignore[union-attr]
+    assert normalize_kv_type(reference.decoquant(bits=4)).name == "sim:decoquant4"
+    recorder = reference.Recorder()
+    assert normalize_kv_type(recorder).method is recorder
+    with pytest.raises(ConfigError, match="did you mean 'kivi4'"):
+        normalize_kv_type("sim:kivi")
+    with pytest.raises(ConfigError, match="has to be calibrated"):
+        normalize_kv_type("sim:kvquant3")
+
+
 def test_forms_of_llamas_own_types() -> None:
     assert normalize_kv_type("q8_0") == KVType("q8_0", None, "q8_0", "q8_0")
     assert normalize_kv_type(("q8_0", "q4_0")) == normalize_kv_type("q8_0/q4_0") == KVType("q8_0/q4_0", None, "q8_0", "q4_0")
@@ -57,6 +103,10 @@ def test_forms_of_llamas_own_types() -> None:
         ({"rotate_k": 2}, "rotate_k must be"),
         (4, "kv_type must be a name"),
         (None, "kv_type must be a name"),
+        ("q8_0/q4_0+tail64", "an exact tail is for one type"),
+        ("gear+tail99999999999", "n_tail must be"),
+        ("gaer+tail64", "did you mean 'gear'"),
+        (lambda side, x: (x, 0.0), "a plain function codes tiles as codec="),
     ],
 )
 def test_bad_kv_types(kv_type: object, message: str) -> None:

@@ -166,7 +166,7 @@ def test_cache_names() -> None:
 def test_names_of_reference_methods(name: str) -> None:
     pytest.importorskip("torch", reason="the reference methods need PyTorch")
     spec = parse_cache(name)
-    assert spec.method and spec.kv_type.gear
+    assert spec.kv_type.method and spec.kv_type.gear
     assert spec.label == spec.kv_type.name == name
     assert spec.kv_type.gear.n_tail == (64 if "tail" in name else 128)
 
@@ -286,7 +286,7 @@ def test_a_method_that_fails_or_is_interrupted_ends_the_run(bundled_model: Path,
         def fail(*_: object, cause: BaseException = cause) -> None:
             raise cause
 
-        monkeypatch.setattr("gearcpp.perplexity.MethodCodec.__call__", fail)
+        monkeypatch.setattr("gearcpp.python_codec.MethodCodec.__call__", fail)
         with pytest.raises(raised) as caught:
             list(measurement.run())
         assert cause in (caught.value, caught.value.__cause__)
@@ -431,4 +431,4 @@ def test_a_text_that_is_not_there(bundled_model: Path, capsys: pytest.CaptureFix
 
 
 def test_the_reference_row_is_f16() -> None:
-    assert REFERENCE.kv_type == F16 and REFERENCE.method is None
+    assert REFERENCE.kv_type == F16 and REFERENCE.kv_type.method is None

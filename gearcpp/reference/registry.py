@@ -52,7 +52,7 @@ class Method:
     """A codec for one tile.
 
     Attributes:
-        name: what to call it in tables; `method` finds it by this name unless it was calibrated.
+        name: what to call it in tables; `method` finds it by this name.
         code: (side, x [n, d], place) -> (reconstruction, bytes).
         tile: tokens that it expects in a tile; None: any number.
     """
@@ -194,18 +194,25 @@ def exllamav3(bits: int = 4) -> Method:
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Recorder:
     """A codec that changes nothing and remembers every tile: run a calibration text with it, then give it to `kvquant` or `cq`.
 
+    `gearcpp.reference.record` does so on a model.
+
     Attributes:
         rope: how the model turned its keys; they are remembered as they were before. None: they are remembered as they are.
+        rows_per_tile: how many rows of a tile are remembered at most, drawn at random; None: all.
+        source: what was read, in words.
     """
 
     rope: Rope | None = None
+    rows_per_tile: int | None = None
+    source: str = ""
     name: str = "recorder"
     tile: int | None = None
     _tiles: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=dict, repr=False)
+    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(1), repr=False)
 
     def __call__(
         self,
@@ -220,8 +227,11 @@ class Recorder:
         """Remember the rows written; the arguments are those of a `Method`."""
 
         def code(side: str, rows: Tensor, place: Place) -> Coded:
-            kept = self.rope.undo(rows, place.positions) if self.rope and side == "k" else rows
-            self._tiles.setdefault((side, layer, head), []).append(kept.clone())
+            chosen = torch.randperm(len(rows), generator=self._generator)[: self.rows_per_tile].sort().values
+            kept = rows[chosen]
+            if self.rope and side == "k":
+                kept = self.rope.undo(kept, place.positions[chosen])
+            self._tiles.setdefault((side, layer, head), []).append(kept)
             return Coded(rows, 2 * rows.numel())
 
         return Method(self.name, code)(side, x, written, positions, layer=layer, head=head)
@@ -229,6 +239,11 @@ class Recorder:
     def layers(self) -> list[int]:
         """The layers that were seen."""
         return sorted({layer for _, layer, _ in self._tiles})
+
+    @property
+    def n_token(self) -> int:
+        """Tokens remembered of each head, of the one with the fewest."""
+        return min((sum(len(rows) for rows in tiles) for tiles in self._tiles.values()), default=0)
 
     def rows(self, side: str, layer: int) -> Tensor:
         """Everything seen of one side of a layer, [n_head, n, d]; heads are cut to the shortest of them."""
@@ -257,7 +272,7 @@ def kvquant(recorder: Recorder, bits: int = 3, sparsity: float = 0.01) -> Method
 
 
 def cq(recorder: Recorder, channels: int = 4, bits: int = 8) -> Method:
-    """CQ-<c>c<b>b calibrated on what a recorder saw, all entries weighted alike."""
+    """CQ-<c>c<b>b calibrated on what a recorder saw, all entries weighted alike (the paper weights by gradients)."""
     codebooks = {
         (layer, side, head): _cq.learn_codebooks(rows, channels, bits)
         for layer in recorder.layers()
@@ -308,15 +323,30 @@ _FAMILIES: list[tuple[str, Callable[..., Method], list[str]]] = [
     (r"exllama([2-8])", exllamav3, ["exllama4", "exllama3"]),
 ]
 
+# The same for those that take a recorder first.
+_CALIBRATED: list[tuple[str, Callable[..., Method], list[str]]] = [
+    (r"kvquant([2-5])", kvquant, ["kvquant4", "kvquant3", "kvquant2"]),
+    (r"cq-(1|2|4|8)c(8|9|10|11|12|[1-7])b", cq, ["cq-2c8b", "cq-4c8b", "cq-8c8b"]),
+]
+
+
+def needs_calibration(name: str) -> bool:
+    """Whether `method` takes a recorder for this name."""
+    return any(re.fullmatch(pattern, name.strip().lower()) for pattern, _, _ in _CALIBRATED)
+
 
 def names() -> list[str]:
-    """Names that `method` knows; the bits in most of them may be others too ("kivi3", "kvarn53")."""
+    """Names that `method` knows without a recorder; the bits in most of them may be others too ("kivi3", "kvarn53")."""
     listed = [name for _, _, examples in _FAMILIES for name in examples]
     return [*listed, *_rivals.GGML_TYPES, *(f"{kind}-plain" for kind in _rivals.GGML_TYPES), *(f"native-{preset}" for preset in PRESETS)]
 
 
-def method(name: str) -> Method:
+def method(name: str, recorder: Recorder | Callable[[], Recorder] | None = None) -> Method:
     """The method of this name, such as "kivi2", "gear-paper4", "decoquant4", "turbo3", "kvarn42", "q4_0" or "native-gear".
+
+    Args:
+        name: as in `names`, or with a recorder "kvquant3", "cq-4c8b" and their kin.
+        recorder: what `kvquant` and `cq` are calibrated on, or a function that gives it.
 
     Raises:
         ConfigError: no method has this name (the nearest ones are suggested), or it has to be calibrated first.
@@ -330,11 +360,17 @@ def method(name: str) -> Method:
         return llama_cpp(kind, rotate=not suffix)
     if wanted.startswith("native-") and wanted.removeprefix("native-") in PRESETS:
         return native(wanted.removeprefix("native-"))
-    if re.match(r"kvquant|cq", wanted):
-        raise ConfigError(
-            f"{name!r} has to be calibrated: run a text with reference.Recorder(), then use reference.kvquant(recorder) or reference.cq(recorder)"
-        )
-    raise ConfigError(f"unknown method {name!r}{_suggest(wanted, names())}; known: {', '.join(names())}")
+    for pattern, construct, _ in _CALIBRATED:
+        if found := re.fullmatch(pattern, wanted):
+            if recorder is None:
+                raise ConfigError(
+                    f"{name!r} has to be calibrated on a text of its own: gearcpp perplexity --calibrate TEXT_FILE, or in Python "
+                    f"reference.method({wanted!r}, reference.record(MODEL, TEXT_FILE))"
+                )
+            seen = recorder if isinstance(recorder, Recorder) else recorder()
+            return construct(seen, *(int(number) for number in found.groups()))
+    known = [*names(), *(name for _, _, examples in _CALIBRATED for name in examples)]
+    raise ConfigError(f"unknown method {name!r}{_suggest(wanted, known)}; known: {', '.join(known)}")
 
 
 def _suggest(name: str, known: list[str]) -> str:

@@ -39,6 +39,12 @@ def real_rows(bundled_model: Path) -> dict[str, np.ndarray]:
     return {side: np.concatenate([layer.reshape(len(tokens), -1, 64).swapaxes(0, 1) for layer in layers]) for side, layers in rows.items()}
 
 
+@pytest.fixture
+def rows_of_state():
+    """`_rows_of_state`, for tests of what a cache holds."""
+    return _rows_of_state
+
+
 def _rows_of_state(state: bytes, n_token: int) -> dict[str, list[np.ndarray]]:
     """The f16 rows of each layer, [n_token, n_embd], from llama.cpp's sequence state (llama-kv-cache.cpp, state_write)."""
     place = state.find(struct.pack("<II", 1, n_token))  # one stream, its cells; versions differ in what comes before

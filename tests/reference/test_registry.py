@@ -35,7 +35,37 @@ def test_bits_not_in_the_list_are_understood():
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("kivi", "kivi4"), ("q4-0", "q4_0"), ("native-gaer", "native-gear"), ("kvquant3", "Recorder"), ("cq-4c8b", "Recorder")]
+    ("name", "bits_k", "bits_v"),
+    [
+        # The baselines of the checklist on tiles of 256 x 128, everything counted; the exact tail comes from "+tailN".
+        ("q8_0", 8.5, 8.5),
+        ("q5_0", 5.5, 5.5),
+        ("q4_0", 4.5, 4.5),
+        ("kivi4", 5.0, 5.0),
+        ("kivi2", 3.0, 3.0),
+        ("kivi4-g64", 4.5, 4.5),
+        ("kivi2-g64", 2.5, 2.5),
+        ("kcvt4", 4.125, 4.25),
+        ("gear-paper4", 5.4375, 5.375),
+        ("gear-l-paper2", 3.25, 3.25),
+    ],
+)
+def test_bits_of_the_baselines(name, bits_k, bits_v, rng):
+    x = torch.randn(256, 128, generator=rng).numpy()
+    for side, bits in (("k", bits_k), ("v", bits_v)):
+        assert 8 * reference.method(name)(side, x)[1] / x.size == pytest.approx(bits, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("kivi", "kivi4"),
+        ("q4-0", "q4_0"),
+        ("native-gaer", "native-gear"),
+        ("kvquant3", "--calibrate"),
+        ("cq-4c8b", "record"),
+        ("kvquant9", "did you mean 'kvquant"),
+    ],
 )
 def test_unknown_names_are_answered_with_a_hint(name, hint):
     with pytest.raises(ConfigError, match=hint):
@@ -101,6 +131,35 @@ def test_calibrated_methods_undo_rope(construct, rng):
     assert right < wrong
     with pytest.raises(ConfigError, match="calibrated"):
         method("k", keys, layer=7)
+
+
+def test_calibrated_methods_by_name(rng):
+    recorder = reference.Recorder()
+    keys, positions = fill(recorder, rng)
+    for name, direct in (("kvquant4", reference.kvquant(recorder, 4)), ("cq-2c6b", reference.cq(recorder, 2, 6))):
+        assert reference.needs_calibration(name)
+        for given in (recorder, lambda: recorder):
+            found = reference.method(name.upper(), given)
+            assert found.name == name
+            for expected, got in zip(direct("k", keys, None, positions), found("k", keys, None, positions), strict=True):
+                np.testing.assert_array_equal(got, expected)
+    assert not reference.needs_calibration("kivi2")
+
+
+def test_a_recorder_may_keep_a_sample_of_each_tile(rng):
+    everything, sample = reference.Recorder(), reference.Recorder(rows_per_tile=10)
+    state = rng.get_state()
+    fill(everything, rng)
+    rng.set_state(state)
+    fill(sample, rng)
+    assert (everything.n_token, sample.n_token, reference.Recorder().n_token) == (512, 80, 0)
+    for side in ("k", "v"):
+        kept, rows = sample.rows(side, 1), everything.rows(side, 1)
+        assert kept.shape == (2, 80, 32)
+        at = (kept[:, :, None, :1] == rows[:, None, :, :1]).float().argmax(-2).squeeze(-1)  # [head, 80]
+        assert torch.equal(rows.gather(1, at[..., None].expand_as(kept)), kept)
+        assert (at.diff() > 0).all()  # in the order in which they came, none twice
+        assert (torch.bincount(at[0] // 64) == 10).all()
 
 
 def test_an_empty_recorder_says_so():

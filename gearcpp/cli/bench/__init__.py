@@ -39,7 +39,11 @@ def _numbers(text: str) -> list[int]:
 
 def _types(text: str) -> list[KVType]:
     """Comma-separated cache types, each once."""
-    return list(dict.fromkeys(normalize_kv_type(part) for part in text.split(",")))
+    types = list(dict.fromkeys(normalize_kv_type(part) for part in text.split(",")))
+    for kv in types:
+        if kv.method:
+            raise typer.BadParameter(f"{kv.name} is a method in Python, which is slow and saves no memory: there is nothing to time")
+    return types
 
 
 def _named_file(model: Path | None, hf: str | None) -> tuple[str, Path]:

@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
@@ -31,6 +31,9 @@ from .fidelity import F32, I32, Summary, Tally, compare
 from .kv_stats import gear_layers, llama_layers, summarize
 from .low_level import context_params, model_params
 from .model_info import ModelInfo, read_model_info
+
+if TYPE_CHECKING:
+    from .reference import Recorder
 
 F16 = normalize_kv_type("f16")
 ENOUGH_TOKENS = 20_000  # scored tokens from which the standard errors of the rarer figures mean something
@@ -112,13 +115,18 @@ def parse_cache(text: str, seed: int | None = None, recorder: Any = None) -> Cac
     return CacheSpec(text.strip(), kv_type)
 
 
-def parse_caches(text: str, settings: Settings) -> list[CacheSpec]:
+def parse_caches(text: str, settings: Settings, recorder: Any = None) -> list[CacheSpec]:
     """The caches of a comma-separated list, without f16, which is always measured; in front f16 against itself at another ubatch size, the floor.
+
+    Args:
+        recorder: for methods that are calibrated, as in `normalize_kv_type`; if it is a function, it is called after all other names were understood.
 
     Raises:
         ConfigError: a name is unknown or given twice, or a tile is shorter than the ubatch.
     """
-    specs = [parse_cache(name, settings.seed) for name in text.split(",") if name.strip()]
+    labels = [name.strip() for name in text.split(",") if name.strip()]
+    parsed = {label: parse_cache(label, settings.seed, recorder) for label in sorted(labels, key=_is_calibrated)}
+    specs = [parsed[label] for label in labels]
     if not specs:
         raise ConfigError("no cache type to measure: give some, such as --kv f16,q8_0,gear4")
     for spec in specs:
@@ -135,6 +143,14 @@ def parse_caches(text: str, settings: Settings) -> list[CacheSpec]:
     # Half of it would often give the same bits, as the kernels cut both into the same blocks.
     n_ubatch = settings.n_ubatch // 2 - 1
     return [CacheSpec(f"f16, -ub {n_ubatch}", F16, n_ubatch=n_ubatch), *others]
+
+
+def _is_calibrated(label: str) -> bool:
+    if not label.lower().startswith("sim:"):
+        return False
+    from .reference import needs_calibration
+
+    return needs_calibration(label[len("sim:") :].partition("+")[0])
 
 
 def plan_passes(specs: Sequence[CacheSpec]) -> list[list[CacheSpec]]:
@@ -400,6 +416,8 @@ class Measurement:
         text: UTF-8 (see `read_text`).
         kv: cache types, comma-separated (see `parse_cache`); f16 is measured always.
         settings: how the text is read.
+        calibration: UTF-8 text file for the methods that are calibrated (``sim:kvquant3``, ``sim:cq-4c8b``), read here with the model (see
+            `gearcpp.reference.record`); None: there are none.
 
     Attributes:
         notes: what a reader of the figures should know.
@@ -407,13 +425,23 @@ class Measurement:
     Raises:
         ConfigError: settings or a cache type make no sense.
         DataError: the model or the text cannot be read, or the text is too short.
-        UnsupportedError: the model has no KV cache.
+        UnsupportedError: the model has no KV cache, or methods are to be calibrated and its RoPE cannot be undone.
     """
 
-    def __init__(self, model: str | os.PathLike[str], text: bytes, kv: str, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        text: bytes,
+        kv: str,
+        settings: Settings | None = None,
+        calibration: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.settings = settings or Settings()
         self.settings.check()
-        self._specs = parse_caches(kv, self.settings)
+        self._recorder: Recorder | None = None
+        self._specs = parse_caches(kv, self.settings, None if calibration is None else lambda: self._record(model, calibration))
+        if calibration is not None and not self._recorder:
+            raise ConfigError("a text to calibrate on is given, but no cache type wants one: name sim:kvquant3 or sim:cq-4c8b, or leave --calibrate out")
         self._passes = plan_passes(self._specs)
         self._lines = {spec: _Line(spec) for spec in [REFERENCE, *self._specs]}
         self.info = read_model_info(model)
@@ -510,8 +538,15 @@ class Measurement:
                 raise ConfigError("llama-perplexity refuses models that end a text with EOS, as this one does: leave --like-llama-perplexity out")
             return split_chunks(vocabulary.tokenize(text), self.settings, vocabulary.bos())
 
+    def _record(self, model: str | os.PathLike[str], text: str | os.PathLike[str]) -> Recorder:
+        from .reference import record
+
+        if not self._recorder:
+            self._recorder = record(model, text, n_threads=self.settings.n_threads)
+        return self._recorder
+
     def _make_notes(self) -> list[str]:
-        notes = []
+        notes = [f"calibrated on {self._recorder.source}"] if self._recorder else []
         if self.info.n_ctx_train and self.settings.n_ctx > self.info.n_ctx_train:
             notes.append(f"chunks of {self.settings.n_ctx} tokens are longer than the {self.info.n_ctx_train} that the model was trained on")
         if self.n_scored < ENOUGH_TOKENS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -290,6 +291,29 @@ def test_a_method_that_fails_or_is_interrupted_ends_the_run(bundled_model: Path,
         with pytest.raises(raised) as caught:
             list(measurement.run())
         assert cause in (caught.value, caught.value.__cause__)
+
+
+def test_calibrated_methods_read_another_text_first(random_model: Callable[..., Path], text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch", reason="the reference methods need PyTorch")
+    options = ["-m", random_model(), "--kv", "sim:cq-4c8b+tail64,sim:kvquant4", "-c", 1024, "--chunks", 1, "-t", 1]
+    assert run(text_file, *options, "--calibrate", text_file, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert any(re.fullmatch(r"calibrated on \d+ tokens of each head, out of \d+ chunks of 2048 of text.txt", note) for note in record["notes"])
+    rows = {row["kv"]: row for row in record["rows"]}
+    # One code of 8 bits for 4 channels; 4 bits, 32 for each of the outliers, of V the smallest and the largest of a token, and its range.
+    assert rows["sim:cq-4c8b+tail64"]["bits_per_element"] == pytest.approx(2.0)
+    assert rows["sim:kvquant4"]["bits_per_element"] == pytest.approx(4 + (0.32 + 2 * 32 / 64 + 32 / 64) / 2, abs=0.1)
+    assert 0 < rows["sim:kvquant4"]["kld_mean"] < rows["sim:cq-4c8b+tail64"]["kld_mean"]
+
+
+def test_calibration_is_asked_for_where_it_is_needed_and_refused_where_not(bundled_model: Path, text_file: Path) -> None:
+    pytest.importorskip("torch", reason="the reference methods need PyTorch")
+    with pytest.raises(ConfigError, match=r"kvquant3.*--calibrate TEXT_FILE"):
+        Measurement(bundled_model, TEXT.encode(), "sim:kvquant3")
+    with pytest.raises(ConfigError, match="no cache type wants one"):
+        Measurement(bundled_model, TEXT.encode(), "gear,sim:kivi2", calibration=text_file)
+    with pytest.raises(ConfigError, match="unknown method 'kivo2'"):  # before the text is read
+        Measurement(bundled_model, TEXT.encode(), "sim:kvquant3,sim:kivo2", calibration=text_file / "missing")
 
 
 def test_a_run_in_which_nothing_is_packed_is_an_error(bundled_model: Path) -> None:

@@ -49,6 +49,10 @@ def perplexity(
         bool, typer.Option("--like-llama-perplexity", help="llama-perplexity's defaults (-c 512, -ub 512) and refusals, and no row of f16 against itself.")
     ] = False,
     seed: Annotated[int | None, typer.Option("-s", "--seed", min=0, metavar="N", help="Of GEAR's power iteration; default: the preset's.")] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option("--calibrate", metavar="TEXT_FILE", help="Text that sim:kvquantN and sim:cq-NcMb learn from first; another one than FILE."),
+    ] = None,
     threads: options.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.", rich_help_panel=_OUTPUT)] = False,
     csv_file: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the table as CSV, too.", rich_help_panel=_OUTPUT)] = None,
@@ -78,7 +82,10 @@ def perplexity(
         seed=seed,
         like_llama=like_llama,
     )
-    measurement = Measurement(resolve_model(model, hf), read_text(file), kv, settings)
+    path, text = resolve_model(model, hf), read_text(file)
+    if calibrate:
+        notice(f"calibrating on {calibrate}")
+    measurement = Measurement(path, text, kv, settings, calibrate)
     for note in measurement.notes:
         notice(f"note: {note}")
     interrupted = not _run(measurement)

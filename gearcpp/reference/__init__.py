@@ -16,6 +16,7 @@ try:
 except ImportError as error:
     raise UnsupportedError("gearcpp.reference needs PyTorch: pip install gearcpp[reference]") from error
 
+from .calibration import record
 from .registry import (
     Method,
     Place,
@@ -59,5 +60,6 @@ __all__ = [
     "needs_calibration",
     "outlier_reduced",
     "per_token",
+    "record",
     "turboquant",
 ]

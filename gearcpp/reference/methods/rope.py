@@ -22,7 +22,7 @@ class Rope:
         n_rotated: the first channels that are turned; None: all.
         divisors: n_rotated / 2 of them, by which a longer context was bought (Llama 3's factors; linear scaling has all alike); None: 1.
 
-    Undoing is a rotation by the negative angle in float32: for keys that were stored as f16 the error is that of f16, because the angles themselves agree to
+    Undoing is a rotation by the negative angle in float32: for keys stored as f16 the error is that of f16, because the angles themselves agree to
     about 1e-7 p radians. Measured on books-6m, 2048 times the same token: the keys differ by 2e-4 of their size (root mean square) once RoPE is undone.
     """
 

@@ -295,15 +295,15 @@ def test_a_method_that_fails_or_is_interrupted_ends_the_run(bundled_model: Path,
 
 def test_calibrated_methods_read_another_text_first(random_model: Callable[..., Path], text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch", reason="the reference methods need PyTorch")
-    options = ["-m", random_model(), "--kv", "sim:cq-4c8b+tail64,sim:kvquant4", "-c", 1024, "--chunks", 1, "-t", 1]
+    options = ["-m", random_model(), "--kv", "sim:cq-4c4b+tail64,sim:kvquant4", "-c", 1024, "--chunks", 1, "-t", 1]
     assert run(text_file, *options, "--calibrate", text_file, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert any(re.fullmatch(r"calibrated on \d+ tokens of each head, out of \d+ chunks of 2048 of text.txt", note) for note in record["notes"])
     rows = {row["kv"]: row for row in record["rows"]}
-    # One code of 8 bits for 4 channels; 4 bits, 32 for each of the outliers, of V the smallest and the largest of a token, and its range.
-    assert rows["sim:cq-4c8b+tail64"]["bits_per_element"] == pytest.approx(2.0)
+    # One code of 4 bits for 4 channels; 4 bits, 32 for each of the outliers, of V the smallest and the largest of a token, and its range.
+    assert rows["sim:cq-4c4b+tail64"]["bits_per_element"] == pytest.approx(1.0)
     assert rows["sim:kvquant4"]["bits_per_element"] == pytest.approx(4 + (0.32 + 2 * 32 / 64 + 32 / 64) / 2, abs=0.1)
-    assert 0 < rows["sim:kvquant4"]["kld_mean"] < rows["sim:cq-4c8b+tail64"]["kld_mean"]
+    assert 0 < rows["sim:kvquant4"]["kld_mean"] < rows["sim:cq-4c4b+tail64"]["kld_mean"]
 
 
 def test_calibration_is_asked_for_where_it_is_needed_and_refused_where_not(bundled_model: Path, text_file: Path) -> None:

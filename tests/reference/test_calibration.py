@@ -112,8 +112,8 @@ def test_texts_and_numbers_that_cannot_be_used(random_model, text, tmp_path):
 
 
 def test_calibrated_methods_code_what_they_learned_from(random_model, text):
-    """On its own calibration tokens CQ at 4 bits a number is far below the variance, and KVQuant with more bits is better than with less."""
-    recorder = reference.record(random_model(), text, n_chunk=1, n_threads=1)
+    """On its own calibration tokens CQ at 3 bits a number is far below the variance, and KVQuant with more bits is better than with less."""
+    recorder = reference.record(random_model(), text, n_token=600, n_chunk=1, n_threads=1)
     positions = np.arange(256, 512)
     before = recorder.rows("k", 1)[0, :256]
     keys = recorder.rope.apply(before, torch.from_numpy(positions)).numpy()
@@ -125,4 +125,4 @@ def test_calibrated_methods_code_what_they_learned_from(random_model, text):
     errors = [error(name) for name in ("kvquant5", "kvquant4", "kvquant3", "kvquant2")]
     assert errors == sorted(errors)
     assert errors[0] < 0.003
-    assert 1e-4 < error("cq-2c8b") < 0.05
+    assert 1e-4 < error("cq-2c6b") < 0.1

@@ -104,6 +104,50 @@ def _gpt_oss(weights: _Weights, block: str, s: Shape) -> None:
         weights.vector(f"{block}.ffn_{name}_exps.bias", _N_EXPERT, n_out)
 
 
+def _mixtral(weights: _Weights, block: str, s: Shape) -> None:
+    """A mixture of four experts, three of which see a token; no windows."""
+    _attention(weights, block, s)
+    weights.norm(f"{block}.ffn_norm", s.n_embd)
+    weights.matrix(f"{block}.ffn_gate_inp", _N_MIXTRAL, s.n_embd, gain=4.0)  # so that the expert left out would have had little to say
+    for name, n_out, n_in in (("gate", s.n_ff, s.n_embd), ("up", s.n_ff, s.n_embd), ("down", s.n_embd, s.n_ff)):
+        weights.matrix(f"{block}.ffn_{name}_exps", n_out, n_in, n_expert=_N_MIXTRAL)
+
+
+_N_MIXTRAL = 4
+
+
+def _lfm2(weights: _Weights, block: str, s: Shape) -> None:
+    """A hybrid: short convolutions, whose state is recurrent, in even layers; attention in odd ones. n_head * d_head must be n_embd."""
+    if _is_recurrent(int(block.removeprefix("blk."))):
+        weights.norm(f"{block}.attn_norm", s.n_embd)
+        weights.matrix(f"{block}.shortconv.in_proj", 3 * s.n_embd, s.n_embd)
+        weights.matrix(f"{block}.shortconv.conv", s.n_embd, _N_CONV)
+        weights.matrix(f"{block}.shortconv.out_proj", s.n_embd, s.n_embd)
+    else:
+        _attention(weights, block, s)
+        weights.norm(f"{block}.attn_q_norm", s.d_head)
+        weights.norm(f"{block}.attn_k_norm", s.d_head)
+    _feed_forward(weights, block, s)
+
+
+_N_CONV = 3
+
+
+def _is_recurrent(il: int) -> bool:
+    return il % 2 == 0
+
+
+def _bert(weights: _Weights, block: str, s: Shape) -> None:
+    """An encoder: all tokens see each other, nothing is cached. n_head * d_head must be n_embd and n_head_kv n_head."""
+    for name in ("q", "k", "v", "output"):
+        weights.matrix(f"{block}.attn_{name}", s.n_embd, s.n_embd)
+    for name, n_out, n_in in (("up", s.n_ff, s.n_embd), ("down", s.n_embd, s.n_ff)):
+        weights.matrix(f"{block}.ffn_{name}", n_out, n_in)
+    for name in ("attn_output_norm", "layer_output_norm"):
+        weights.norm(f"{block}.{name}", s.n_embd)
+        weights.vector(f"{block}.{name}.bias", s.n_embd)
+
+
 _LORA_RANK, _N_ROT = 32, 32
 
 
@@ -137,20 +181,24 @@ _FAMILIES: dict[str, Callable[[_Weights, str, Shape], None]] = {
     "gpt-oss": _gpt_oss,
     "minicpm3": _minicpm3,
     "mpt": _mpt,
+    "mixtral": _mixtral,
+    "lfm2": _lfm2,
+    "bert": _bert,
 }
+_ARCHITECTURE = {"mixtral": "llama"}  # where it is not the family's own name
 
 
 def write_model(path: Path, family: str = "llama", shape: Shape | None = None) -> Path:
     """Write a model of one of the families above and return its path."""
     s = shape or Shape()
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, _ARCHITECTURE.get(family, family))
     writer.add_name(f"random {family}")
     writer.add_block_count(s.n_layer)
     writer.add_context_length(s.n_ctx)
     writer.add_embedding_length(s.n_embd)
     writer.add_feed_forward_length(s.n_ff)
     writer.add_head_count(s.n_head)
-    writer.add_head_count_kv(s.n_head_kv)
+    writer.add_head_count_kv([0 if _is_recurrent(il) else s.n_head_kv for il in range(s.n_layer)] if family == "lfm2" else s.n_head_kv)
     writer.add_key_length(s.d_head)
     writer.add_value_length(s.d_v)
     _add_family_keys(writer, family, s)
@@ -160,8 +208,12 @@ def write_model(path: Path, family: str = "llama", shape: Shape | None = None) -
     weights.matrix("token_embd", N_VOCAB, s.n_embd, gain=np.sqrt(s.n_embd))
     for il in range(s.n_layer):
         _FAMILIES[family](weights, f"blk.{il}", s)
-    weights.norm("output_norm", s.n_embd)
-    if family != "gemma2":  # which uses the embedding again
+    if family == "bert":
+        weights.matrix("token_types", 1, s.n_embd)
+        weights.matrix("position_embd", s.n_ctx, s.n_embd)
+        weights.vector("token_embd_norm.bias", s.n_embd)
+    weights.norm("token_embd_norm" if family in ("bert", "lfm2") else "output_norm", s.n_embd)
+    if family not in ("gemma2", "bert"):  # gemma2 uses the embedding again
         weights.matrix("output", N_VOCAB, s.n_embd, gain=4.0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -171,7 +223,7 @@ def write_model(path: Path, family: str = "llama", shape: Shape | None = None) -
 
 
 def write_lora(path: Path, shape: Shape | None = None, rank: int = 4) -> Path:
-    """Write a LoRA adapter for the queries, keys and values of a "llama" model."""
+    """Write a LoRA adapter for the queries, keys and values of a "llama" model; ``shape.seed`` is the adapter's own."""
     s = shape or Shape()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("adapter")
@@ -195,6 +247,12 @@ def _add_family_keys(writer: gguf.GGUFWriter, family: str, s: Shape) -> None:
         writer.add_layer_norm_eps(1e-5)
         writer.add_max_alibi_bias(8.0)
         return
+    if family == "bert":
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_causal_attention(False)
+        writer.add_pooling_type(gguf.PoolingType.MEAN)
+        writer.add_token_type_count(1)
+        return
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(_N_ROT if family == "minicpm3" else s.d_head)
     writer.add_rope_freq_base(10000.0)
@@ -206,6 +264,11 @@ def _add_family_keys(writer: gguf.GGUFWriter, family: str, s: Shape) -> None:
     if family == "gemma2":
         writer.add_attn_logit_softcapping(20.0)
         writer.add_final_logit_softcapping(30.0)
+    if family == "lfm2":
+        writer.add_shortconv_l_cache(_N_CONV)
+    if family == "mixtral":
+        writer.add_expert_count(_N_MIXTRAL)
+        writer.add_expert_used_count(3)
     if family == "gpt-oss":
         writer.add_expert_count(_N_EXPERT)
         writer.add_expert_used_count(_N_EXPERT)

@@ -1,5 +1,5 @@
-"""Whatever llama.cpp does with a cache leaves a GEAR cache where it leaves f16: each script here is led on f16, on a GEAR cache whose rows are all exact and
-on one that packs, for every kind of memory that llama.cpp has.
+"""Whatever llama.cpp does with a cache leaves a GEAR cache where it leaves f16: each script here is led on f16, on a GEAR cache whose rows are all exact
+and on one that packs, for every kind of memory that llama.cpp has.
 
 With exact rows the likeliest tokens are the same and the logits differ by flash attention's rounding. Where tiles are packed (6 bits) the difference is
 bounded; the bounds were measured and have room, and what a fault does is beyond them (the last tests).

@@ -1,5 +1,5 @@
-"""Cache life through gearcpp.Llama: speculative decoding, embeddings, encoders, adapters that come and go, contexts that are used again. The reference is the
-same on f16."""
+"""Cache life through gearcpp.Llama: speculative decoding, embeddings, encoders, adapters that come and go, contexts that are used again. The reference is
+the same on f16."""
 
 from __future__ import annotations
 

@@ -2,11 +2,18 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 
 namespace gear {
 
-static thread_local std::string last_error;
-static thread_local gear_status last_status = GEAR_OK;
+static thread_local kept_error last;
+
+void kept_error::keep(gear_status kind, const char * message) noexcept {
+    status = kind;
+    if (message != text) {
+        strncpy(text, message, sizeof text - 1); // the last byte stays 0
+    }
+}
 
 void fail(gear_status status, const char * format, ...) {
     char    text[1024];
@@ -17,19 +24,18 @@ void fail(gear_status status, const char * format, ...) {
     throw error(status, text);
 }
 
-void set_last_error(const std::string & message, gear_status status) {
-    last_error  = message;
-    last_status = status;
+void set_last_error(const char * message, gear_status status) noexcept {
+    last.keep(status, message);
 }
 
 } // namespace gear
 
 extern "C" const char * gear_last_error(void) {
-    return gear::last_error.c_str();
+    return gear::last.text;
 }
 
 extern "C" gear_status gear_last_status(void) {
-    return gear::last_status;
+    return gear::last.status;
 }
 
 extern "C" const char * gear_version(void) {

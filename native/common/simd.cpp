@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <vector>
 
 #if defined(__aarch64__) && defined(__linux__)
 #    include <asm/hwcap.h>
@@ -23,10 +22,23 @@ struct level_name {
     const char * name;
 };
 
-// Best first.
-const std::vector<level_name> & available() {
-    static const std::vector<level_name> levels = [] {
-        std::vector<level_name> found;
+// Best first. Found out at first use, which may be in a thread that must not throw: without an allocation.
+class level_list {
+  public:
+    void               push_back(const level_name & level) { levels_[n_++] = level; }
+    int                size() const { return n_; }
+    const level_name & front() const { return levels_[0]; }
+    const level_name * begin() const { return levels_; }
+    const level_name * end() const { return levels_ + n_; }
+
+  private:
+    level_name levels_[4];
+    int        n_ = 0;
+};
+
+const level_list & available() {
+    static const level_list levels = [] {
+        level_list found;
 #if defined(__x86_64__)
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -78,7 +90,7 @@ simd_level simd_current() {
 
 extern "C" const char * gear_simd_name(int32_t i) {
     const auto & levels = gear::available();
-    return i >= 0 && i < (int32_t) levels.size() ? levels[i].name : nullptr;
+    return i >= 0 && i < levels.size() ? levels.begin()[i].name : nullptr;
 }
 
 extern "C" const char * gear_simd_current(void) {

@@ -49,7 +49,8 @@ struct team {
     void      wait() const { sync->wait(nth); }
 };
 
-// Run f on nth threads of its own (tests, micro-benchmarks); the caller is thread 0.
+// Run f, which must not throw, on nth threads of its own (tests, micro-benchmarks); the caller is thread 0. Throws gear::error or std::bad_alloc, and
+// runs f on none of them, when the system does not give that many threads.
 void run_team(int nth, const std::function<void(const team &)> & f);
 
 } // namespace gear

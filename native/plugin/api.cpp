@@ -14,8 +14,8 @@ static std::atomic<int> n_devices{ 0 };
 
 struct gear_device {
     explicit gear_device(const gear_device_params & params) : device(params, n_devices++) {}
-    gear::kv_device device;
-    gear::error     error{ GEAR_OK, "" }; // keeps what gear_device_error returned
+    gear::kv_device  device;
+    gear::kept_error error; // what gear_device_error returned
 };
 
 namespace {
@@ -146,7 +146,7 @@ const char * gear_device_error(gear_device * device, gear_status * status) {
     if (status) {
         *status = device->error.status;
     }
-    return device->error.what();
+    return device->error.text;
 }
 
 int32_t gear_device_stats(gear_device * device, gear_store_stats * stats, int32_t n) {

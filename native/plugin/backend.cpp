@@ -113,9 +113,8 @@ struct gear_backend {
 
     std::unique_ptr<char[]> scratch_memory;
     size_t                  scratch_bytes = 0;
-    size_t                  pack_bytes    = 0;       // scratch that the team's threads have for packing
-    gear_status             failure       = GEAR_OK; // of an op in the graph being computed
-    std::string             message;
+    size_t                  pack_bytes    = 0; // scratch that the team's threads have for packing
+    kept_error              failure;           // of an op in the graph being computed
 
     void * scratch() const { return reinterpret_cast<void *>(((uintptr_t) scratch_memory.get() + tile_align - 1) / tile_align * tile_align); }
 
@@ -163,8 +162,7 @@ void run_write(abi::tensor * node, int ith, int nth, void * userdata) {
     const row_source   source = { rows->data, rows->nb[1], rows->type == abi::number().type_f16 };
     const cell_source  where  = { cells->data, cells->nb[0], cells->type == abi::number().type_i64 };
     if (!j.target->write(t, rows->ne[1], where, source) && ith == 0) {
-        j.owner->failure = j.target->status();
-        j.owner->message = j.target->message();
+        j.owner->failure.keep(j.target->status(), j.target->message());
     }
 }
 
@@ -317,14 +315,14 @@ int compute(gear_backend & b, const abi::cgraph & graph) {
         return run_nodes(b, graph, graph.nodes, graph.n_nodes);
     }
     locks.lock();
-    const error earlier = b.device->take_error(); // of a set_tensor or clear, which could not say so
+    const kept_error earlier = b.device->take_error(); // of a set_tensor or clear, which could not say so
     if (earlier.status != GEAR_OK) {
-        throw earlier;
+        throw error(earlier.status, earlier.text);
     }
 
     b.nodes.clear();
     b.n_job        = 0;
-    b.failure      = GEAR_OK;
+    b.failure      = {};
     size_t scratch = 0;
     int    status  = abi::graph_success;
     for (int i = 0; i < graph.n_nodes && status == abi::graph_success; ++i) {
@@ -349,8 +347,8 @@ int compute(gear_backend & b, const abi::cgraph & graph) {
     if (status == abi::graph_success) {
         status = run_nodes(b, graph, b.nodes.data(), (int) b.nodes.size());
     }
-    if (b.failure != GEAR_OK) {
-        throw error(b.failure, b.message);
+    if (b.failure.status != GEAR_OK) {
+        throw error(b.failure.status, b.failure.text);
     }
     return status;
 }
@@ -392,13 +390,19 @@ template <class F> F inner_function(const gear_backend & b, const char * name) {
 } // namespace
 
 abi::backend * make_backend(kv_device & device) {
-    abi::backend * inner = abi::ggml().ggml_backend_dev_init(device.inner(), nullptr);
-    if (!inner) {
-        set_last_error("the wrapped ggml device could not make a backend");
-        device.set_error(GEAR_ERROR_INTERNAL, gear_last_error());
+    std::unique_ptr<gear_backend> b;
+    abi::backend *                inner  = nullptr;
+    const gear_status             status = guarded([&] {
+        b     = std::make_unique<gear_backend>();
+        inner = abi::ggml().ggml_backend_dev_init(device.inner(), nullptr);
+        if (!inner) {
+            fail(GEAR_ERROR_INTERNAL, "the wrapped ggml device could not make a backend");
+        }
+    });
+    if (status != GEAR_OK) {
+        device.set_error(status, gear_last_error());
         return nullptr;
     }
-    auto b                      = std::make_unique<gear_backend>();
     b->base                     = {};
     b->base.guid                = gear_guid;
     b->base.iface.get_name      = get_name;

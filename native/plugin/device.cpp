@@ -90,15 +90,11 @@ struct device_tables {
         gear_side   side;
         if (tensor->view_src || tensor->type != abi::number().type_f16 || !parse_cache_name(tensor->name, il, side)) {
             const size_t bytes = abi::ggml().ggml_backend_buft_get_alloc_size(inner_type(type), tensor);
-            if (type == &self.type_) {
-                self.note_other_size(bytes);
-            }
+            self.note(type, [&] { self.note_other_size(bytes); });
             return bytes;
         }
         const size_t bytes = self.estimate(tensor, il, side);
-        if (type == &self.type_) {
-            self.note_cache_size(il, side, bytes);
-        }
+        self.note(type, [&] { self.note_cache_size(il, side, bytes); });
         return bytes;
     }
 
@@ -289,16 +285,16 @@ bool kv_device::take_sizes(size_t size) {
 // Errors and statistics
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-void kv_device::set_error(gear_status status, const std::string & message) {
+void kv_device::set_error(gear_status status, const char * message) noexcept {
     std::lock_guard<std::mutex> guard(mutex_);
     if (error_.status == GEAR_OK) {
-        error_ = error(status, message); // the first one is the cause
+        error_.keep(status, message); // the first one is the cause
     }
 }
 
-error kv_device::take_error() {
+kept_error kv_device::take_error() {
     std::lock_guard<std::mutex> guard(mutex_);
-    return std::exchange(error_, error(GEAR_OK, ""));
+    return std::exchange(error_, kept_error());
 }
 
 void kv_device::add(kv_buffer * buffer) {

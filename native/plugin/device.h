@@ -39,8 +39,8 @@ class kv_device {
     // Bytes to tell llama.cpp for a cache tensor.
     size_t estimate(const abi::tensor * tensor, int il, gear_side side) const;
 
-    void  set_error(gear_status status, const std::string & message);
-    error take_error(); // status GEAR_OK when there was none
+    void       set_error(gear_status status, const char * message) noexcept;
+    kept_error take_error(); // status GEAR_OK when there was none
 
     void                          add(kv_buffer * buffer);
     void                          remove(kv_buffer * buffer);
@@ -60,6 +60,14 @@ class kv_device {
     static kv_device & of(abi::device * device) { return *static_cast<kv_device *>(device->context); }
 
   private:
+    // Keep a size asked for; a lack of memory for that is kept as the device's error, for there is C code between here and whoever could catch it.
+    template <class F> void note(const abi::buffer_type * type, F && f) {
+        const gear_status status = type == &type_ ? guarded(f) : GEAR_OK;
+        if (status != GEAR_OK) {
+            set_error(status, gear_last_error());
+        }
+    }
+
     struct asked { // one cache tensor, or all other tensors asked for between two of them
         bool      is_cache;
         int       il;
@@ -78,7 +86,7 @@ class kv_device {
     mutable std::mutex                           mutex_;
     std::map<std::thread::id, std::deque<asked>> asked_;
     std::set<kv_buffer *>                        buffers_;
-    error                                        error_{ GEAR_OK, "" };
+    kept_error                                   error_;
     int64_t                                      scratch_bytes_ = 0;
     friend struct device_tables;
 };

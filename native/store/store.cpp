@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
-#include <string>
 #include <vector>
 
 namespace gear {
@@ -115,8 +114,7 @@ struct store::state {
 
     std::atomic<bool> failed{ false };
     std::mutex        message_lock;
-    gear_status       status = GEAR_OK;
-    std::string       message;
+    kept_error        failure;
 
     size_t tile_bytes() const { return codec ? codec->tile_bytes() : 0; }
 
@@ -155,7 +153,7 @@ struct store::state {
     void read_tile(int stream, int64_t tile, int first, int last, uint16_t * rows) const;
     void rewrite_tile(int stream, int64_t tile, const uint8_t * marked, const rewrite & f);
 
-    void                                     report(gear_status kind, const std::string & text);
+    void                                     report(gear_status kind, const char * text);
     template <class F> void                  attempt(F && f);
     template <class Plan, class Commit> bool together(const team & t, Plan && plan, Commit && commit);
 };
@@ -203,11 +201,10 @@ void store::state::require_range(int64_t cell, int64_t n, const char * what) con
     }
 }
 
-void store::state::report(gear_status kind, const std::string & text) {
+void store::state::report(gear_status kind, const char * text) {
     const std::lock_guard<std::mutex> lock(message_lock);
     if (!failed.exchange(true)) {
-        status  = kind;
-        message = text;
+        failure.keep(kind, text);
     }
 }
 
@@ -675,11 +672,11 @@ bool store::flush(const team & t) {
 }
 
 gear_status store::status() const {
-    return self->status;
+    return self->failure.status;
 }
 
 const char * store::message() const {
-    return self->message.c_str();
+    return self->failure.text;
 }
 
 void store::read(int64_t cell, int64_t n, uint16_t * rows) const {

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
@@ -380,6 +380,32 @@ class Cache:
     def copy_stream(self, side: Side, source: int, target: int) -> None:
         """Copy all cells of one stream to another, tiles bit for bit."""
         check(lib.gear_cache_copy_stream(self._cache, _side_number(side), source, target))
+
+    def erase(self, side: Side, cell: int, n: int) -> None:
+        """Make n consecutive cells unwritten."""
+        check(lib.gear_cache_erase(self._cache, _side_number(side), cell, n))
+
+    def update(self, side: Side, marked: npt.ArrayLike, f: Callable[[F16, npt.NDArray[np.bool_]], npt.ArrayLike]) -> None:
+        """Change rows in place, as a K-shift does.
+
+        Args:
+            marked: [n_stream * n_cell], true for the cells to change.
+            f: given the rows of one tile, f16 [n_token, n_head_kv * d_head], and which are marked, bool [n_token]; returns them with those changed.
+        """
+        chosen = np.ascontiguousarray(np.asarray(marked) != 0, np.uint8)
+        if chosen.shape != (self.n_cell * self.n_stream,):
+            raise from_status(lib.GEAR_ERROR_INVALID, f"marked must be [{self.n_cell * self.n_stream}], not {list(chosen.shape)}")
+        failures: list[BaseException] = []
+
+        @ffi.callback("gear_rows_callback", onerror=lambda _, failure, __: failures.append(failure))  # type: ignore[untyped-decorator]
+        def change(_: Any, cell: int, n_token: int, data: Any) -> None:
+            n_embd = self._n_embd(side)
+            rows = np.frombuffer(ffi.buffer(data, n_token * n_embd * 2), np.float16).reshape(n_token, n_embd)
+            rows[:] = f(rows.copy(), chosen[cell : cell + n_token] != 0)
+
+        check(lib.gear_cache_update(self._cache, _side_number(side), _pointer(chosen, "uint8_t *"), change, ffi.NULL))
+        if failures:
+            raise failures[0]
 
     def flush(self, side: Side, n_threads: int = 1) -> None:
         """Pack everything outside tail and sinks."""

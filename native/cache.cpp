@@ -151,6 +151,24 @@ gear_status gear_cache_copy_stream(gear_cache * cache, gear_side side, int32_t f
     });
 }
 
+gear_status gear_cache_erase(gear_cache * cache, gear_side side, int64_t cell, int64_t n) {
+    return gear::guarded([&] {
+        require(cache, "cache");
+        cache->side(side).rows->erase(cell, n);
+    });
+}
+
+gear_status gear_cache_update(gear_cache * cache, gear_side side, const uint8_t * marked, gear_rows_callback f, void * user) {
+    return gear::guarded([&] {
+        require(cache, "cache");
+        require(marked, "marked");
+        if (!f) {
+            gear::fail(GEAR_ERROR_INVALID, "f is NULL");
+        }
+        cache->side(side).rows->update(marked, [&](int64_t cell, int n_token, uint16_t * rows) { f(user, cell, n_token, rows); });
+    });
+}
+
 gear_status gear_cache_flush(gear_cache * cache, gear_side side, int32_t n_threads) {
     return gear::guarded([&] {
         require(cache, "cache");

@@ -215,6 +215,12 @@ GEAR_API gear_status gear_cache_write(gear_cache * cache, gear_side side, int64_
 GEAR_API gear_status gear_cache_read(gear_cache * cache, gear_side side, int64_t cell, int64_t n, uint16_t * rows);
 // Copy all cells of a stream to another one, tiles bit for bit.
 GEAR_API gear_status gear_cache_copy_stream(gear_cache * cache, gear_side side, int32_t from, int32_t to);
+// The cells cell .. cell + n - 1 become unwritten.
+GEAR_API gear_status gear_cache_erase(gear_cache * cache, gear_side side, int64_t cell, int64_t n);
+// Change rows in place, as a K-shift does: for each tile with a marked cell, f is given its rows, f16 [n_token, n_head_kv * d_head], and the global cell
+// of the first one, and changes the marked ones. Packed rows are packed again.   marked u8 [n_stream * n_cell]
+typedef void (*gear_rows_callback)(void * user, int64_t cell, int32_t n_token, uint16_t * rows);
+GEAR_API gear_status gear_cache_update(gear_cache * cache, gear_side side, const uint8_t * marked, gear_rows_callback f, void * user);
 // Encode everything that may be packed (all but tail and sinks): what a benchmark calls to time packing, and a session before it is saved.
 GEAR_API gear_status gear_cache_flush(gear_cache * cache, gear_side side, int32_t n_threads);
 GEAR_API gear_status gear_cache_clear(gear_cache * cache);

@@ -389,7 +389,7 @@ void test_parts() {
     fail_everywhere<packed>(
         "parts of a tile", prepare,
         [&](packed & p) {
-            return gear_tile_parts(&p.config, GEAR_SIDE_K, d_head, p.data, nullptr, nullptr, nullptr, a.data(), b.data(), nullptr, nullptr);
+            return gear_tile_parts(&p.config, GEAR_SIDE_K, d_head, p.data, nullptr, nullptr, nullptr, a.data(), b.data(), nullptr, nullptr, nullptr);
         },
         nothing);
     fail_everywhere<packed>(

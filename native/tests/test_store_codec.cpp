@@ -236,6 +236,8 @@ void test_cache_errors() {
     CHECK(gear_cache_copy_stream(cache, GEAR_SIDE_K, 0, 2) == GEAR_ERROR_INVALID && says("stream 2 of 2"));
     CHECK(gear_cache_stats(cache, GEAR_SIDE_K, nullptr) == GEAR_ERROR_INVALID && says("stats is NULL"));
     CHECK(gear_cache_flush(nullptr, GEAR_SIDE_K, 1) == GEAR_ERROR_INVALID && says("cache is NULL"));
+    CHECK(gear_cache_erase(cache, GEAR_SIDE_K, 20 * tile, 1) == GEAR_ERROR_INVALID && says("cannot erase 1 cells"));
+    CHECK(gear_cache_update(cache, GEAR_SIDE_K, nullptr, nullptr, nullptr) == GEAR_ERROR_INVALID && says("marked is NULL"));
     CHECK(gear_cache_clear(nullptr) == GEAR_ERROR_INVALID && says("cache is NULL"));
 
     std::vector<float>    q(4 * d_head, 1.0f), out(q.size());

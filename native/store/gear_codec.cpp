@@ -1,5 +1,6 @@
 #include "store/gear_codec.h"
 
+#include "common/checksum.h"
 #include "common/half_rows.h"
 
 #include <algorithm>
@@ -38,6 +39,27 @@ bool gear_tile_codec::repack(int, int64_t, const float * x, const uint8_t * writ
 
 void gear_tile_codec::unpack(const uint8_t * tile, float * x, void *) const {
     unpack_tile(layout_, tile, x);
+}
+
+uint64_t gear_tile_codec::format() const {
+    static_assert(sizeof(gear_tile_layout) == 14 * 8 + 6 * 4, "a new part of the tile has to be among these numbers");
+    const gear_side_config & c         = layout_.config;
+    const gear_tile_layout & part      = layout_.part;
+    const int64_t            numbers[] = {
+        gear_tile_version, layout_.side,  layout_.n_token, layout_.d_head,     layout_.group,      c.bits,      c.scale_bits, c.rank,     c.factor_bits,
+        c.rotate,          part.bytes,    part.plane[0],   part.plane[1],      part.plane[2],      part.lo,     part.hi,      part.scale, part.zero,
+        part.sigma,        part.a,        part.b,          part.outlier_value, part.outlier_index, part.n_lane, part.n_depth, part.n_set, part.n_group,
+        part.n_vector,     part.n_outlier
+    };
+    return checksum_of(numbers, sizeof numbers);
+}
+
+bool gear_tile_codec::is_sound(const uint8_t * tile) const {
+    const gear_tile_layout & part     = layout_.part;
+    const int                length   = layout_.side == GEAR_SIDE_K ? layout_.n_token : layout_.d_head;
+    const uint8_t *          outliers = tile + std::max<int64_t>(part.outlier_index, 0);
+    const int64_t            n        = part.outlier_index < 0 ? 0 : (int64_t) part.n_vector * part.n_outlier;
+    return std::all_of(outliers, outliers + n, [&](uint8_t index) { return index < length; });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,10 @@
 
 namespace gear {
 
+// Raise it when bytes of a packed tile come to mean something else without a change of the layout's numbers (codec/tile.h): sessions hold tiles as they
+// are.
+constexpr uint32_t gear_tile_version = 1;
+
 class gear_tile_codec final : public tile_codec {
   public:
     gear_tile_codec(const gear_config & config, gear_side side, int d_head);
@@ -13,9 +17,12 @@ class gear_tile_codec final : public tile_codec {
     size_t              tile_bytes() const override;
     size_t              scratch_bytes() const override;
     bool                pack(int head, int64_t first_cell, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const override;
-    bool repack(int head, int64_t first_cell, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,
-                void * scratch) const override;
-    void unpack(const uint8_t * tile, float * x, void * scratch) const override;
+    bool     repack(int head, int64_t first_cell, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,
+                    void * scratch) const override;
+    void     unpack(const uint8_t * tile, float * x, void * scratch) const override;
+    // Of everything that decoding depends on: version, coding and layout.
+    uint64_t format() const override;
+    bool     is_sound(const uint8_t * tile) const override; // its outliers lie inside of their vectors
 
   private:
     tile_layout layout_;
@@ -26,11 +33,12 @@ class gear_tile_codec final : public tile_codec {
 class callback_tile_codec final : public tile_codec {
   public:
     callback_tile_codec(const gear_config & config, int il, gear_side side, int d_head, gear_codec_callback callback, void * user);
-    double counted_bytes() const; // sum over the tiles packed
-    size_t tile_bytes() const override;
-    size_t scratch_bytes() const override;
-    bool   pack(int head, int64_t first_cell, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const override;
-    void   unpack(const uint8_t * tile, float * x, void * scratch) const override;
+    double   counted_bytes() const; // sum over the tiles packed
+    size_t   tile_bytes() const override;
+    size_t   scratch_bytes() const override;
+    bool     pack(int head, int64_t first_cell, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const override;
+    void     unpack(const uint8_t * tile, float * x, void * scratch) const override;
+    uint64_t format() const override { return 1; } // no checksum of numbers: of a callback's tiles nothing is known but that they are f16
 
   private:
     bool all_finite(const uint16_t * xhat, const uint8_t * written) const;

@@ -143,7 +143,7 @@ struct store::state {
     int64_t           first_invalid(int64_t n, const cell_source & cells) const;
     [[noreturn]] void refuse(int64_t n, const cell_source & cells, int64_t invalid) const;
     void              plan(int nth, int64_t n, const cell_source & cells);
-    void              plan_flush();
+    void              plan_flush(bool full_only);
     void              place(int64_t n, const cell_source & cells);
     void              grant();
     void              copy_rows(int64_t first, int64_t last, const cell_source & cells, const row_source & rows);
@@ -436,14 +436,17 @@ void store::state::plan(int nth, int64_t n, const cell_source & cells) {
     }
 }
 
-void store::state::plan_flush() {
+void store::state::plan_flush(bool full_only) {
     ++n_write;
     for (int index = 0; tiles.size() > 0 && index < shape.n_stream; ++index) {
         stream_state & stream = streams[index];
         stream.evict_until    = stream.clock - shape.n_tail;
         find_candidates(stream);
         for (const candidate & found : candidates) {
-            victims.push_back({ index, found.tile });
+            const tile_state & home = stream.tiles[found.tile];
+            if (!full_only || home.n_exact + home.n_packed == n_token(found.tile)) {
+                victims.push_back({ index, found.tile });
+            }
         }
     }
 }
@@ -664,9 +667,9 @@ bool store::write(const team & t, int64_t n, const cell_source & cells, const ro
     return ok;
 }
 
-bool store::flush(const team & t) {
+bool store::flush(const team & t, bool full_only) {
     state &    s  = *self;
-    const bool ok = s.together(t, [&] { s.plan_flush(); }, [] {});
+    const bool ok = s.together(t, [&] { s.plan_flush(full_only); }, [] {});
     t.wait();
     return ok;
 }
@@ -764,6 +767,63 @@ void store::update(const uint8_t * marked, const rewrite & f) {
             }
         }
     }
+}
+
+bool store::has_tiles() const {
+    return self->tiles.size() > 0;
+}
+
+int64_t store::room(int stream) const {
+    return (int64_t) self->streams[stream].free.size();
+}
+
+int64_t store::clock(int stream) const {
+    return self->streams[stream].clock;
+}
+
+std::vector<exact_cell> store::exact_cells(int stream) const {
+    std::vector<exact_cell> cells;
+    for (const exact_row & row : self->streams[stream].rows) {
+        if (row.cell >= 0) {
+            cells.push_back({ row.cell, row.written_at });
+        }
+    }
+    std::sort(cells.begin(), cells.end(), [](const exact_cell & a, const exact_cell & b) { return a.written_at < b.written_at; });
+    return cells;
+}
+
+void store::put_tile(int index, int tile, const uint8_t * in_tile, const uint8_t * heads) {
+    state &        s      = *self;
+    stream_state & stream = s.streams.at(index);
+    if (tile < 0 || tile >= s.n_tile || !has_tiles() || stream.tiles[tile].n_in_tile > 0) {
+        fail(GEAR_ERROR_INTERNAL, "layer %d %s: tile %d of stream %d cannot be put back", s.shape.il, side_name[s.shape.side], tile, index);
+    }
+    memcpy(s.packed(index, tile, 0), heads, s.shape.n_head * s.tile_bytes());
+    for (int token = 0; token < s.n_token(tile); ++token) {
+        stream.set_in_tile(s.first_cell(tile) + token, in_tile[token] != 0);
+    }
+    s.is_empty = false;
+}
+
+void store::put_row(int index, const exact_cell & cell, const uint16_t * row) {
+    state &        s      = *self;
+    stream_state & stream = s.streams.at(index);
+    if (cell.cell < 0 || cell.cell >= s.shape.n_cell || stream.slot[cell.cell] >= 0 || stream.free.empty()) {
+        fail(GEAR_ERROR_INTERNAL, "layer %d %s: the row of cell %lld of stream %d cannot be put back", s.shape.il, side_name[s.shape.side],
+             (long long) cell.cell, index);
+    }
+    stream.hold(cell.cell);
+    const int32_t slot = stream.slot[cell.cell];
+    stream.rows[slot]  = { (int32_t) cell.cell, 0, 0, cell.written_at };
+    memcpy(s.row(index, slot), row, row_bytes(s.shape));
+    put_clock(index, std::max(stream.clock, cell.written_at));
+}
+
+void store::put_clock(int index, int64_t clock) {
+    state & s                 = *self;
+    s.streams.at(index).clock = clock;
+    s.is_empty                = false;
+    s.allowance_nth           = 0; // there may be less room than the team was told
 }
 
 tile_view store::view(int stream, int tile) const {

@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <vector>
 
 namespace gear {
 
@@ -41,6 +42,13 @@ class tile_codec {
                         void * scratch) const {
         (void) kept, (void) old;
         return pack(head, first_cell, x, written, tile, scratch);
+    }
+    // What tells tiles that this codec can unpack from others: a session is refused unless it agrees.
+    virtual uint64_t format() const { return 0; }
+    // Whether a tile that comes from outside can be read without reading past it, whatever its numbers are.
+    virtual bool     is_sound(const uint8_t * tile) const {
+        (void) tile;
+        return true;
     }
 };
 
@@ -83,6 +91,12 @@ struct tile_view {
     int             n_packed; // cells read from the packed tile
 };
 
+// A cell of a stream that has an exact row, and when it was written by the stream's clock, which counts the rows written.
+struct exact_cell {
+    int64_t cell;
+    int64_t written_at; // from 1 on
+};
+
 class store {
   public:
     // codec nullptr: every cell has an exact row (a side kept as f16). Throws gear::error when memory is short, before touching it.
@@ -103,8 +117,9 @@ class store {
     // Write n rows. Cells out of range are an error. All threads of the team call it with the same arguments; false on all of them when the write failed
     // (message() says why). No exception leaves.
     bool         write(const team & t, int64_t n, const cell_source & cells, const row_source & rows);
-    // Pack every tile that has exact rows outside tail and sinks.
-    bool         flush(const team & t);
+    // Pack every tile that has exact rows outside tail and sinks. full_only: only tiles of which every cell is written, whose rows would be packed
+    // together and just so later; the last, partly filled one is left to fill up.
+    bool         flush(const team & t, bool full_only = false);
     // Why the last write or flush that failed did.
     gear_status  status() const;
     const char * message() const;
@@ -122,6 +137,17 @@ class store {
     //   marked u8 [n_stream * n_cell]
     using rewrite = std::function<void(int64_t first_cell, int n_token, uint16_t * rows)>;
     void update(const uint8_t * marked, const rewrite & f);
+
+    // Parts of a session: what the cells of a stream are made of, so that they can be made the same again. view() and row() show the rest.
+    bool                    has_tiles() const;             // false: every cell has an exact row
+    int64_t                 room(int stream) const;        // exact rows to be had without packing
+    int64_t                 clock(int stream) const;       // rows written so far
+    std::vector<exact_cell> exact_cells(int stream) const; // oldest first
+    // A packed tile as it was. Nothing may be in it yet.   in_tile u8 [T]: the cells that it holds; heads [n_head, tile_bytes]
+    void                    put_tile(int stream, int tile, const uint8_t * in_tile, const uint8_t * heads);
+    // An exact row as it was, in a cell without one; there must be room.   row f16 [n_embd]
+    void                    put_row(int stream, const exact_cell & cell, const uint16_t * row);
+    void                    put_clock(int stream, int64_t clock);
 
     // For attention.
     tile_view        view(int stream, int tile) const;

@@ -270,6 +270,51 @@ GEAR_API int32_t       gear_device_stats(gear_device * device, gear_store_stats 
 // Scratch of attention and packing, in bytes, over all contexts of the device.
 GEAR_API int64_t       gear_device_scratch_bytes(gear_device * device);
 
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// Sessions: a whole context in a file, its tiles as they are
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+//
+// To save:     gear_session_new (llama_state_get_size), llama_state_get_data into gear_session_window, gear_session_save.
+// To restore:  gear_session_open, gear_session_attach, llama_state_set_data from gear_session_window, gear_session_restore. Until llama_state_set_data the
+//              context is unchanged; what fails from then on leaves it in need of llama_memory_clear.
+//
+// The window is address space: of a GEAR cache llama.cpp's f16 rows are neither made nor kept in it. One session at a time for a context.
+
+typedef struct gear_session gear_session;
+
+// Take n bytes; 0, or another number when they could not be written.
+typedef int32_t (*gear_session_write)(void * user, const void * data, int64_t n);
+// Give n bytes from offset on, all of them; 0, or another number when they could not be read.
+typedef int32_t (*gear_session_read)(void * user, int64_t offset, void * data, int64_t n);
+
+// device NULL: a context whose cache is llama.cpp's own; its state is kept as it is. NULL: see gear_last_error.
+GEAR_API gear_session * gear_session_new(gear_device * device, int64_t state_bytes);
+// A saved session of n_bytes, read through `read` now and until gear_session_restore. All of it is checked against its checksums, and its numbers against
+// each other: GEAR_ERROR_DATA with the reason for anything damaged, cut off, foreign or of another version. note_only: only the note is read and checked.
+GEAR_API gear_session * gear_session_open(int64_t n_bytes, gear_session_read read, void * user, int32_t note_only);
+GEAR_API void           gear_session_free(gear_session * session);
+
+// Where llama.cpp's state goes to or comes from, and its bytes.
+GEAR_API void *       gear_session_window(gear_session * session, int64_t * n_bytes);
+// What was saved as note, and its bytes.
+GEAR_API const void * gear_session_note(gear_session * session, int64_t * n_bytes);
+// Bytes of what was saved as extra.
+GEAR_API int64_t      gear_session_extra_bytes(gear_session * session);
+
+// Write the session through `write`. Tiles that are full are packed first, rows outside of tail and sinks, on n_threads threads.
+//   state_bytes  what llama_state_get_data returned
+//   note         the caller's, found first by gear_session_open; extra: the caller's, perhaps large; may be NULL with 0 bytes
+GEAR_API gear_status gear_session_save(gear_session * session, int64_t state_bytes, const void * note, int64_t n_note, const void * extra, int64_t n_extra,
+                                       int32_t n_threads, gear_session_write write, void * user);
+// Make ready for a context on this device (NULL: a cache of llama.cpp's own). GEAR_ERROR_DATA when its tiles are of another configuration.
+GEAR_API gear_status gear_session_attach(gear_session * session, gear_device * device);
+// Fill the cache, after llama_state_set_data. extra: room for gear_session_extra_bytes, or NULL. n_changed (may be NULL): rows that came back in other
+// cells and were coded again.
+GEAR_API gear_status gear_session_restore(gear_session * session, void * extra, int64_t * n_changed);
+
+// XXH64 of n bytes: the checksum of sessions.
+GEAR_API uint64_t gear_checksum(const void * data, int64_t n);
+
 // cdef end
 
 #ifdef __cplusplus

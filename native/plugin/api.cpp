@@ -1,14 +1,19 @@
 // api.cpp - the plugin's part of the C interface, and the entry through which unmodified llama.cpp programs load it (GGML_BACKEND_PATH).
 
 #include "codec/codec.h"
+#include "common/checksum.h"
 #include "common/error.h"
 #include "plugin/device.h"
+#include "plugin/kv_session.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 static std::atomic<int> n_devices{ 0 };
 
@@ -16,6 +21,11 @@ struct gear_device {
     explicit gear_device(const gear_device_params & params) : device(params, n_devices++) {}
     gear::kv_device  device;
     gear::kept_error error; // what gear_device_error returned
+};
+
+struct gear_session {
+    template <class... Arguments> explicit gear_session(Arguments &&... arguments) : session(std::forward<Arguments>(arguments)...) {}
+    gear::kv_session session;
 };
 
 namespace {
@@ -98,6 +108,73 @@ gear_config config_from_environment() {
     return c;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// Sessions through the caller's functions
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+// Gathers small writes: a call of the caller's function may be slow.
+class callback_output final : public gear::output {
+  public:
+    callback_output(gear_session_write write, void * user) : write_(write), user_(user) { block_.reserve(block_bytes); }
+
+    void write(const void * data, size_t n) override {
+        if (block_.size() + n > block_bytes) {
+            finish();
+        }
+        if (n >= block_bytes) {
+            pass(data, n);
+        } else {
+            block_.insert(block_.end(), (const uint8_t *) data, (const uint8_t *) data + n);
+        }
+    }
+    void finish() {
+        if (!block_.empty()) {
+            pass(block_.data(), block_.size());
+            block_.clear();
+        }
+    }
+
+  private:
+    static constexpr size_t block_bytes = (size_t) 1 << 18;
+
+    void pass(const void * data, size_t n) {
+        if (write_(user_, data, (int64_t) n) != 0) {
+            gear::fail(GEAR_ERROR_CALLBACK, "the session could not be written");
+        }
+    }
+
+    gear_session_write   write_;
+    void *               user_;
+    std::vector<uint8_t> block_;
+};
+
+class callback_input final : public gear::input {
+  public:
+    callback_input(int64_t size, gear_session_read read, void * user) : size_(size), read_(read), user_(user) {}
+
+    uint64_t size() const override { return (uint64_t) size_; }
+    void     read(uint64_t offset, void * data, size_t n) const override {
+        if (n > 0 && read_(user_, (int64_t) offset, data, (int64_t) n) != 0) {
+            gear::fail(GEAR_ERROR_CALLBACK, "the session could not be read");
+        }
+    }
+
+  private:
+    int64_t           size_;
+    gear_session_read read_;
+    void *            user_;
+};
+
+gear::kv_device * device_of(gear_device * device) {
+    return device ? &device->device : nullptr;
+}
+
+void require(bool ok, const char * what) {
+    if (!ok) {
+        gear::fail(GEAR_ERROR_INVALID, "%s", what);
+    }
+}
+
 } // namespace
 
 extern "C" {
@@ -161,6 +238,69 @@ int32_t gear_device_stats(gear_device * device, gear_store_stats * stats, int32_
 
 int64_t gear_device_scratch_bytes(gear_device * device) {
     return device->device.scratch_bytes();
+}
+
+gear_session * gear_session_new(gear_device * device, int64_t state_bytes) {
+    gear_session * made = nullptr;
+    gear::guarded([&] {
+        require(state_bytes >= 0, "a state cannot have a negative number of bytes");
+        made = new gear_session(device_of(device), (size_t) state_bytes);
+    });
+    return made;
+}
+
+gear_session * gear_session_open(int64_t n_bytes, gear_session_read read, void * user, int32_t note_only) {
+    gear_session * made = nullptr;
+    gear::guarded([&] {
+        require(n_bytes >= 0 && read, "a session is read through a function, and cannot have a negative number of bytes");
+        made = new gear_session(std::make_unique<callback_input>(n_bytes, read, user), note_only != 0);
+    });
+    return made;
+}
+
+void gear_session_free(gear_session * session) {
+    delete session;
+}
+
+void * gear_session_window(gear_session * session, int64_t * n_bytes) {
+    *n_bytes = (int64_t) session->session.window_size();
+    return session->session.window();
+}
+
+const void * gear_session_note(gear_session * session, int64_t * n_bytes) {
+    *n_bytes = (int64_t) session->session.note().size();
+    return session->session.note().data();
+}
+
+int64_t gear_session_extra_bytes(gear_session * session) {
+    return (int64_t) session->session.extra_size();
+}
+
+gear_status gear_session_save(gear_session * session, int64_t state_bytes, const void * note, int64_t n_note, const void * extra, int64_t n_extra,
+                              int32_t n_threads, gear_session_write write, void * user) {
+    return gear::guarded([&] {
+        require(state_bytes >= 0 && n_note >= 0 && n_extra >= 0 && write, "a session is written through a function, and nothing has negative bytes");
+        callback_output out(write, user);
+        session->session.save((size_t) state_bytes, note, (size_t) n_note, extra, (size_t) n_extra, n_threads, out);
+        out.finish();
+    });
+}
+
+gear_status gear_session_attach(gear_session * session, gear_device * device) {
+    return gear::guarded([&] { session->session.attach(device_of(device)); });
+}
+
+gear_status gear_session_restore(gear_session * session, void * extra, int64_t * n_changed) {
+    return gear::guarded([&] {
+        const int64_t n = session->session.restore(extra);
+        if (n_changed) {
+            *n_changed = n;
+        }
+    });
+}
+
+uint64_t gear_checksum(const void * data, int64_t n) {
+    return gear::checksum_of(data, (size_t) std::max<int64_t>(n, 0));
 }
 
 // What ggml's loader calls after dlopen: the highest score wins, 0 refuses.

@@ -2,6 +2,7 @@
 
 #include "codec/codec.h"
 #include "common/error.h"
+#include "plugin/kv_session.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -164,13 +165,7 @@ kv_device::~kv_device() = default;
 // Shapes and sizes
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-namespace {
-
-size_t padded(size_t bytes) {
-    return (bytes + tile_align - 1) / tile_align * tile_align;
-}
-
-} // namespace
+static_assert(tile_align == cache_line, "sizes are padded as ggml's allocator pads for this alignment");
 
 store_shape kv_device::shape(const cache_tensor & tensor) const {
     int        n_head = tensor.use.n_head, d_head = tensor.use.d_head;
@@ -305,6 +300,22 @@ void kv_device::add(kv_buffer * buffer) {
 void kv_device::remove(kv_buffer * buffer) {
     std::lock_guard<std::mutex> guard(mutex_);
     buffers_.erase(buffer);
+}
+
+void kv_device::add(kv_session * session) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    sessions_.insert(session);
+}
+
+void kv_device::remove(kv_session * session) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    sessions_.erase(session);
+}
+
+kv_session * kv_device::session_at(const void * data) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    const auto                  found = std::find_if(sessions_.begin(), sessions_.end(), [&](kv_session * session) { return session->has(data); });
+    return found == sessions_.end() ? nullptr : *found;
 }
 
 std::vector<gear_store_stats> kv_device::stats() {

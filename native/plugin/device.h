@@ -16,6 +16,8 @@
 
 namespace gear {
 
+class kv_session;
+
 class kv_device {
   public:
     // Throws gear::error: bad configuration, unknown device to wrap. ggml must be open.
@@ -45,6 +47,9 @@ class kv_device {
     void                          add(kv_buffer * buffer);
     void                          remove(kv_buffer * buffer);
     std::vector<gear_store_stats> stats();
+    void                          add(kv_session * session);
+    void                          remove(kv_session * session);
+    kv_session *                  session_at(const void * data); // the one whose window the address is in, nullptr: none
     void                          count_scratch(int64_t change);
     int64_t                       scratch_bytes() const;
 
@@ -86,6 +91,7 @@ class kv_device {
     mutable std::mutex                           mutex_;
     std::map<std::thread::id, std::deque<asked>> asked_;
     std::set<kv_buffer *>                        buffers_;
+    std::set<kv_session *>                       sessions_;
     kept_error                                   error_;
     int64_t                                      scratch_bytes_ = 0;
     friend struct device_tables;

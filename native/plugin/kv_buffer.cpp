@@ -4,10 +4,12 @@
 #include "common/error.h"
 #include "common/memory.h"
 #include "plugin/device.h"
+#include "plugin/kv_session.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <sys/mman.h>
 
 namespace gear {
@@ -240,14 +242,32 @@ bool all_zero(const uint16_t * row, int64_t n) {
 
 } // namespace
 
+void kv_buffer::write_cells(cache_tensor & tensor, int64_t n, const int64_t * cells, const uint16_t * rows) {
+    if (!tensor.is_store()) {
+        for (int64_t i = 0; i < n; ++i) {
+            memcpy(tensor.space.data() + cells[i] * tensor.row_bytes(), rows + i * tensor.n_embd, (size_t) tensor.row_bytes());
+        }
+        return;
+    }
+    for (int64_t begin = 0, n_now = 0; begin < n; begin += n_now) {
+        n_now                    = std::min<int64_t>(n - begin, device_.n_ubatch());
+        const row_source  source = { rows + begin * tensor.n_embd, (size_t) tensor.row_bytes(), true };
+        const cell_source where  = { cells + begin, sizeof(int64_t), true };
+        bool              ok     = true;
+        run_team(1, [&](const team & t) { ok = tensor.rows->write(t, n_now, where, source); });
+        if (!ok) {
+            throw error(tensor.rows->status(), tensor.rows->message());
+        }
+    }
+}
+
 // Rows of zeros are cells that llama.cpp clears, not data.
 void kv_buffer::write_rows(cache_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows) {
-    const int64_t        n_batch = device_.n_ubatch();
     std::vector<int64_t> cells;
     for (int64_t i = 0; i < n;) {
         const bool    zero  = all_zero(rows + i * tensor.n_embd, tensor.n_embd);
         const int64_t begin = i;
-        while (i < n && i - begin < n_batch && all_zero(rows + i * tensor.n_embd, tensor.n_embd) == zero) {
+        while (i < n && i - begin < device_.n_ubatch() && all_zero(rows + i * tensor.n_embd, tensor.n_embd) == zero) {
             ++i;
         }
         if (zero) {
@@ -255,22 +275,37 @@ void kv_buffer::write_rows(cache_tensor & tensor, int64_t cell, int64_t n, const
             continue;
         }
         cells.resize((size_t) (i - begin));
-        for (int64_t j = begin; j < i; ++j) {
-            cells[(size_t) (j - begin)] = cell + j;
-        }
-        const row_source  source = { rows + begin * tensor.n_embd, (size_t) tensor.row_bytes(), true };
-        const cell_source where  = { cells.data(), sizeof(int64_t), true };
-        bool              ok     = true;
-        run_team(1, [&](const team & t) { ok = tensor.rows->write(t, i - begin, where, source); });
-        if (!ok) {
-            throw error(tensor.rows->status(), tensor.rows->message());
-        }
+        std::iota(cells.begin(), cells.end(), cell + begin);
+        write_cells(tensor, i - begin, cells.data(), rows + begin * tensor.n_embd);
     }
+}
+
+// Whole rows between a tensor and the window of a session: noted there. false: not such a transfer.
+bool kv_buffer::in_session(cache_tensor & tensor, const abi::tensor * view, const void * data, size_t offset, size_t size, bool is_restored) {
+    kv_session * session = device_.session_at(data);
+    if (!session || size == 0) {
+        return false;
+    }
+    const row_range range = rows_of(tensor, view, offset, size);
+    if (range.skip != 0 || size % (size_t) tensor.row_bytes() != 0) {
+        return false;
+    }
+    if (is_restored) {
+        return session->note_restored(*this, tensor, range.first, range.n, data);
+    }
+    if (!tensor.is_store()) {
+        return false;
+    }
+    session->note_saved(*this, tensor, range.first, range.n, data);
+    return true;
 }
 
 void kv_buffer::set(const abi::tensor * view, const void * data, size_t offset, size_t size) {
     cache_tensor & tensor = *find(view);
     const auto *   bytes  = static_cast<const char *>(data);
+    if (in_session(tensor, view, data, offset, size, true)) {
+        return;
+    }
     if (tensor.kind == cache_kind::undecided) {
         if (std::all_of(bytes, bytes + size, [](char b) { return b == 0; })) {
             return; // clearing what was never written
@@ -294,7 +329,10 @@ void kv_buffer::set(const abi::tensor * view, const void * data, size_t offset, 
 }
 
 void kv_buffer::get(const abi::tensor * view, void * data, size_t offset, size_t size) {
-    const cache_tensor & tensor = *find(view);
+    cache_tensor & tensor = *find(view);
+    if (in_session(tensor, view, data, offset, size, false)) {
+        return;
+    }
     if (tensor.kind == cache_kind::undecided) {
         memset(data, 0, size);
         return;

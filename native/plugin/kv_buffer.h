@@ -101,12 +101,16 @@ class kv_buffer {
 
     kv_device & device() const { return device_; }
 
+    // Write rows f16 [n, n_embd] into cells of a settled tensor.
+    void write_cells(cache_tensor & tensor, int64_t n, const int64_t * cells, const uint16_t * rows);
+
   private:
     struct cache_layer {
         std::unique_ptr<cache_tensor> side[2]; // [gear_side]
     };
     cache_kind decide(const cache_layer & layer) const;
     void       write_rows(cache_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows);
+    bool       in_session(cache_tensor & tensor, const abi::tensor * view, const void * data, size_t offset, size_t size, bool is_restored);
 
     kv_device &                device_;
     address_range              base_; // where ggml's allocator thinks the tensors lie

@@ -1,0 +1,286 @@
+#include "plugin/kv_session.h"
+
+#include "common/error.h"
+#include "plugin/device.h"
+#include "plugin/kv_buffer.h"
+
+#include <algorithm>
+
+namespace gear {
+
+namespace {
+
+constexpr size_t most_note = (size_t) 1 << 30;
+
+char letter(gear_side side) {
+    return side == GEAR_SIDE_K ? 'K' : 'V';
+}
+
+} // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// Saving
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+kv_session::kv_session(kv_device * device, size_t state_bytes) : device_(device), window_(state_bytes) {
+    if (device_) {
+        device_->add(this);
+    }
+}
+
+kv_session::~kv_session() {
+    if (device_) {
+        device_->remove(this);
+    }
+}
+
+void kv_session::note_saved(kv_buffer & buffer, const cache_tensor & tensor, int64_t cell, int64_t n, const void * data) {
+    const uint64_t offset = (uint64_t) ((const uint8_t *) data - window_.data());
+    auto           found  = std::find_if(saved_.begin(), saved_.end(), [&](const saved_tensor & s) { return s.tensor == &tensor; });
+    if (found == saved_.end()) {
+        saved_.push_back({ &buffer, &tensor, {} });
+        found = std::prev(saved_.end());
+    }
+    found->ranges.push_back({ cell, n, offset });
+}
+
+void kv_session::flush(saved_tensor & saved, int n_threads) {
+    store & rows = *saved.tensor->rows;
+    bool    ok   = true;
+    run_team(n_threads, [&](const team & t) {
+        const bool done = rows.flush(t, true);
+        if (t.ith == 0) {
+            ok = done;
+        }
+    });
+    if (!ok) {
+        throw error(rows.status(), rows.message());
+    }
+}
+
+void kv_session::save(size_t n_state, const void * note, size_t n_note, const void * extra, size_t n_extra, int n_threads, output & out) {
+    if (n_state > window_.size() || n_threads < 1 || n_note > most_note) {
+        fail(GEAR_ERROR_INVALID, "cannot save a state of %zu bytes in a window of %zu with %d threads and a note of %zu bytes", n_state, window_.size(),
+             n_threads, n_note);
+    }
+    std::vector<part> rows; // in stores
+    for (saved_tensor & saved : saved_) {
+        for (const cell_range & range : saved.ranges) {
+            rows.push_back({ range.offset, (uint64_t) (range.n * saved.tensor->row_bytes()) });
+        }
+        std::sort(saved.ranges.begin(), saved.ranges.end(), [](const cell_range & a, const cell_range & b) { return a.cell < b.cell; });
+    }
+    std::sort(rows.begin(), rows.end(), [](const part & a, const part & b) { return a.offset < b.offset; });
+    rows.push_back({ n_state, 0 });
+    std::vector<part> parts;
+    uint64_t          end = 0;
+    for (const part & row : rows) {
+        if (row.offset < end || row.offset + row.size > n_state) {
+            fail(GEAR_ERROR_INTERNAL, "llama.cpp saved its state in an order that gearcpp does not understand: please report this as a defect of gearcpp");
+        }
+        if (row.offset > end) {
+            parts.push_back({ end, row.offset - end });
+        }
+        end = row.offset + row.size;
+    }
+
+    write_head(out);
+    write_section(out, section_kind::note, [&](output & to) { to.write(note, n_note); });
+    write_section(out, section_kind::state, [&](output & to) {
+        to.put((uint64_t) n_state);
+        to.put((uint64_t) parts.size());
+        for (const part & p : parts) {
+            to.put(p);
+        }
+        for (const part & p : parts) {
+            to.write(window_.data() + p.offset, p.size);
+        }
+    });
+    for (saved_tensor & saved : saved_) {
+        std::lock_guard<std::mutex> guard(saved.buffer->lock);
+        flush(saved, n_threads);
+        const store_image image = image_of(*saved.tensor->rows, saved.tensor->codec.get(), saved.ranges);
+        write_section(out, section_kind::tensor, [&](output & to) { write_image(to, image, *saved.tensor->rows); });
+    }
+    if (n_extra > 0) {
+        write_section(out, section_kind::extra, [&](output & to) { to.write(extra, n_extra); });
+    }
+    write_section(out, section_kind::end, [](output &) {});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// Reading
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+kv_session::kv_session(std::unique_ptr<input> in, bool note_only) : in_(std::move(in)) {
+    const std::vector<section> sections = note_only ? std::vector<section>{ check_first_section(*in_) } : check_sections(*in_);
+    if (sections.empty() || sections[0].kind != section_kind::note || sections[0].size > most_note) {
+        fail(GEAR_ERROR_DATA, "it is inconsistent: it does not begin with a note");
+    }
+    note_.resize(sections[0].size);
+    in_->read(sections[0].offset, note_.data(), note_.size());
+    if (note_only) {
+        return;
+    }
+    bool has_state = false;
+    for (size_t i = 1; i < sections.size(); ++i) {
+        if (sections[i].kind == section_kind::state && !has_state) {
+            read_state(sections[i]);
+            has_state = true;
+        } else if (sections[i].kind == section_kind::tensor && has_state) {
+            kept_.push_back({ read_image(*in_, sections[i]), nullptr, nullptr, {} });
+        } else if (sections[i].kind == section_kind::extra && extra_.size == 0) {
+            extra_ = sections[i];
+        } else {
+            fail(GEAR_ERROR_DATA, "it is inconsistent: a section is in the wrong place");
+        }
+    }
+    if (!has_state) {
+        fail(GEAR_ERROR_DATA, "it is inconsistent: it has no state");
+    }
+    index_ranges();
+}
+
+void kv_session::read_state(const section & from) {
+    cursor         at(*in_, from);
+    const uint64_t n_state = at.value<uint64_t>(), n_part = at.value<uint64_t>();
+    at.require(n_part, sizeof(part));
+    uint64_t end = 0, n_bytes = 0;
+    for (uint64_t i = 0; i < n_part; ++i) {
+        const part p = at.value<part>();
+        if (p.offset < end || p.offset > n_state || p.size > n_state - p.offset) {
+            fail(GEAR_ERROR_DATA, "it is inconsistent: the parts of its state overlap");
+        }
+        end = p.offset + p.size;
+        n_bytes += p.size;
+        parts_.push_back(p);
+    }
+    if (at.left() != n_bytes || n_state > SIZE_MAX / 2) {
+        fail(GEAR_ERROR_DATA, "it is inconsistent: its state is not as long as its parts");
+    }
+    window_ = mapping(n_state);
+    for (const part & p : parts_) {
+        at.bytes(window_.data() + p.offset, p.size);
+    }
+}
+
+// Parts and rows together are the whole state, each byte once.
+void kv_session::index_ranges() {
+    for (size_t i = 0; i < kept_.size(); ++i) {
+        const store_image & image = kept_[i].image;
+        for (const cell_range & range : image.ranges) {
+            if (range.offset > window_.size() || (uint64_t) range.n > (window_.size() - range.offset) / image.row_bytes()) {
+                fail(GEAR_ERROR_DATA, "it is inconsistent: rows lie outside of its state");
+            }
+            ranges_.push_back({ range.offset, range.n * image.row_bytes(), i, range.cell });
+        }
+    }
+    const auto by_offset = [](const auto & a, const auto & b) { return a.offset < b.offset; };
+    std::sort(ranges_.begin(), ranges_.end(), by_offset);
+    std::vector<part> all = parts_;
+    for (const kept_range & range : ranges_) {
+        all.push_back({ range.offset, range.size });
+    }
+    std::sort(all.begin(), all.end(), by_offset);
+    uint64_t end = 0;
+    for (const part & p : all) {
+        if (p.offset != end) {
+            fail(GEAR_ERROR_DATA, "it is inconsistent: its state has gaps");
+        }
+        end += p.size;
+    }
+    if (end != window_.size()) {
+        fail(GEAR_ERROR_DATA, "it is inconsistent: its state has gaps");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// Restoring
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+void kv_session::attach(kv_device * device) {
+    if (device_) {
+        fail(GEAR_ERROR_INVALID, "this session is attached to a device");
+    }
+    if (!device && !kept_.empty()) {
+        fail(GEAR_ERROR_DATA, "it is of a GEAR cache, and this context has none");
+    }
+    for (const kept_tensor & kept : kept_) {
+        const tile_layout * layout;
+        const auto          codec = device->make_codec(kept.image.shape, layout);
+        require_codec(kept.image, codec.get());
+        const gear_config & config = device->config();
+        const store_shape & shape  = kept.image.shape;
+        if (shape.tile != config.tile || shape.n_tail != config.n_tail || shape.n_sink != config.n_sink) {
+            fail(GEAR_ERROR_DATA, "its cache has tiles of %d cells, a tail of %d and %d sinks; this one %d, %d and %d", shape.tile, shape.n_tail,
+                 shape.n_sink, config.tile, config.n_tail, config.n_sink);
+        }
+    }
+    device_ = device;
+    if (device_) {
+        device_->add(this);
+    }
+}
+
+bool kv_session::note_restored(kv_buffer & buffer, cache_tensor & tensor, int64_t cell, int64_t n, const void * data) {
+    uint64_t offset = (uint64_t) ((const uint8_t *) data - window_.data());
+    for (bool is_first = true; n > 0; is_first = false) {
+        const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), offset, [](uint64_t o, const kept_range & r) { return o < r.offset; });
+        const bool found = after != ranges_.begin() && offset < std::prev(after)->offset + std::prev(after)->size;
+        if (!found && is_first) {
+            return false;
+        }
+        const size_t  row  = (size_t) tensor.row_bytes();
+        kept_tensor * kept = found ? &kept_[std::prev(after)->tensor] : nullptr;
+        if (!kept || kept->image.shape.il != tensor.il || kept->image.shape.side != tensor.side || kept->image.row_bytes() != row ||
+            (offset - std::prev(after)->offset) % row != 0 || (kept->tensor && kept->tensor != &tensor)) {
+            fail(GEAR_ERROR_DATA, "layer %d %c: llama.cpp takes the rows of this state for others: is this another release of it?", tensor.il,
+                 letter(tensor.side));
+        }
+        const kept_range & range = *std::prev(after);
+        const int64_t      skip  = (int64_t) ((offset - range.offset) / row);
+        const int64_t      n_now = std::min<int64_t>(n, (int64_t) (range.size / row) - skip);
+        kept->buffer             = &buffer;
+        kept->tensor             = &tensor;
+        kept->places.push_back({ range.cell + skip, n_now, cell });
+        offset += n_now * row;
+        cell += n_now;
+        n -= n_now;
+    }
+    return true;
+}
+
+int64_t kv_session::restore_tensor(kept_tensor & kept) {
+    const store_image & image = kept.image;
+    if (!kept.tensor) {
+        fail(GEAR_ERROR_DATA, "llama.cpp did not take back what it saved of layer %d: is this another release of it?", image.shape.il);
+    }
+    std::lock_guard<std::mutex> guard(kept.buffer->lock);
+    cache_tensor &              tensor = *kept.tensor;
+    kept.buffer->settle(tensor.il);
+    std::shared_ptr<const tile_codec> codec = tensor.codec;
+    if (!codec && image.tile_bytes > 0) { // a cache too small to gain from packing takes the rows
+        const tile_layout * layout;
+        codec = device_->make_codec(image.shape, layout);
+    }
+    return restore_image(*in_, image, kept.places, tensor.rows.get(), codec.get(),
+                         [&](int64_t n, const int64_t * cells, const uint16_t * rows) { kept.buffer->write_cells(tensor, n, cells, rows); });
+}
+
+int64_t kv_session::restore(void * extra) {
+    if (!in_) {
+        fail(GEAR_ERROR_INVALID, "there is nothing to restore: this session was made to be saved");
+    }
+    int64_t n_changed = 0;
+    for (kept_tensor & kept : kept_) {
+        if (!kept.image.ranges.empty()) {
+            n_changed += restore_tensor(kept);
+        }
+    }
+    if (extra && extra_.size > 0) {
+        in_->read(extra_.offset, extra, extra_.size);
+    }
+    return n_changed;
+}
+
+} // namespace gear

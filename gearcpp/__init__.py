@@ -16,10 +16,12 @@ from .config import PRESETS, GearConfig, KVType, normalize_kv_type
 from .errors import AbiError, ClosedError, CodecError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
 
 if TYPE_CHECKING:
+    from .caches import GearDiskCache, GearRAMCache
     from .convert import convert_model
     from .llama import Llama
     from .low_level import context_params, model_params
     from .model_info import ModelInfo, read_model_info
+    from .sessions import GearState
 
 # Python started in a clone imports the sources there, which hide the installed package: what is built is found in the latter all the same.
 __path__ = _extend_path(__path__, __name__)
@@ -28,6 +30,9 @@ __version__ = _version("gearcpp")
 
 # Imported when asked for: llama_cpp takes a second, and `gearcpp --help` does not need it.
 _LAZY = {
+    "GearDiskCache": "caches",
+    "GearRAMCache": "caches",
+    "GearState": "sessions",
     "Llama": "llama",
     "ModelInfo": "model_info",
     "context_params": "low_level",
@@ -44,7 +49,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "GearConfig",
+    "GearDiskCache",
     "GearError",
+    "GearRAMCache",
+    "GearState",
     "KVType",
     "Llama",
     "ModelInfo",

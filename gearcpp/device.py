@@ -65,6 +65,11 @@ class GearDevice:
             raise _native.last_error()
         self._list = _native.ffi.new("void *[2]", [_native.lib.gear_device_ggml(self._device), _native.ffi.NULL])
 
+    @property
+    def handle(self) -> Any:
+        """The ``gear_device *`` of the native library."""
+        return self._device
+
     def attach(self, params: Any) -> None:
         """Make a llama_model_params put all layers on this device. The list of devices that it points to lives as long as this object."""
         params.devices = int(_native.ffi.cast("uintptr_t", self._list))

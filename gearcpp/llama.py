@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from llama_cpp.llama import LlamaState
+from llama_cpp.llama_cache import BaseLlamaCache
 
-from . import _native, kv_stats
+from . import _native, kv_stats, sessions
 from ._arguments import parent_arguments
 from ._llama_log import LlamaLog
+from .caches import PackedCache
 from .config import KVType, KVTypeLike, normalize_kv_type
 from .device import Codec, GearDevice
 from .errors import ClosedError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
@@ -56,6 +61,7 @@ class Llama(llama_cpp.Llama):
 
     _stack: Any = None  # what to free; None until the parent makes it, because __del__ runs also after a construction that failed early
     _device: GearDevice | None = None
+    _owner: dict[str, Any] | None = None  # what sessions belong to, once it was asked for
 
     def __init__(self, model_path: str, *, kv_type: KVTypeLike = "gear", codec: Codec | None = None, **arguments: Any) -> None:
         self._given = {"model_path": model_path, "kv_type": kv_type, **({"codec": codec} if codec else {}), **arguments}
@@ -203,11 +209,54 @@ class Llama(llama_cpp.Llama):
     # State
     # -----------------------------------------------------------------------------------------------------------------------------------------
 
-    def save_state(self) -> LlamaState:
-        """The state of the context, with the cache as f16: it can be loaded under any cache of llama.cpp type f16 with flash attention, GEAR or not.
+    def save_session(self, path: str | os.PathLike[str], data: Any = None) -> int:
+        """Save the context with its cache packed as it is, so that `load_session` makes it the same again: the next logits are equal bit for bit.
 
-        Without ``logits_all`` it holds no logits (``scores`` is a single zero, which the parent's load_state takes, too).
+        Tiles that are full are packed first, which they would be sooner or later anyway; tail, sinks and a tile half filled stay exact, here and in the
+        file. The file is written under another name and renamed. A cache of llama.cpp's own types is saved as it is.
+
+        Args:
+            path: the file.
+            data: anything that JSON can hold, to be returned by `load_session`.
+
+        Returns:
+            Bytes of the file.
+
+        Raises:
+            GearError: the file cannot be written; an earlier one is as it was.
         """
+        self._require_open()
+        return sessions.save(self, Path(path), data)
+
+    def load_session(self, path: str | os.PathLike[str]) -> Any:
+        """Go back to a saved session of the same model and ``kv_type``; ``n_ctx`` may be another one, if the tokens fit.
+
+        Where the context has lost tokens in the middle (`shift_context`), llama.cpp closes the gap: tiles before it come back as they were, tokens after
+        it are packed anew, with the error of one more packing.
+
+        Returns:
+            What was given to `save_session` as ``data``.
+
+        Raises:
+            DataError: the file is missing, damaged, foreign or of another version, or belongs to another model, cache or context. The present context is
+                as it was, or the message says that it is empty now.
+        """
+        self._require_open()
+        return sessions.load(self, Path(path))
+
+    def save_state(self, packed: bool | None = None) -> LlamaState:
+        """The state of the context.
+
+        With the cache as f16 it can be loaded under any cache of llama.cpp type f16 with flash attention, GEAR or not. Packed it is a `GearState`: several
+        times smaller, for the same model and ``kv_type``, and restored as by `load_session`. Without ``logits_all`` neither holds logits (``scores`` is a
+        single zero, which the parent's load_state takes, too).
+
+        Args:
+            packed: None: packed if the prompt cache (`set_cache`) is one of gearcpp's.
+        """
+        self._require_open()
+        if packed or (packed is None and isinstance(self.cache, PackedCache)):
+            return sessions.pack_state(self)
         size = llama_cpp.llama_state_get_size(self.ctx)
         buffer = (ctypes.c_uint8 * size)()
         n_bytes = llama_cpp.llama_state_get_data(self.ctx, buffer, size)
@@ -227,25 +276,52 @@ class Llama(llama_cpp.Llama):
         """Go back to a saved state, also one of llama_cpp.Llama or of a context of another length, as long as its tokens fit.
 
         Raises:
-            DataError: it is of another model, of another cache type, or damaged; the context is empty then.
+            DataError: it is of another model, of another cache type, or damaged; the present context is as it was, or the message says that it is empty
+                now.
         """
         self._require_open()
+        if isinstance(state, sessions.GearState):
+            try:
+                sessions.load_packed(self, state)
+            except DataError as error:
+                raise DataError(f"the state cannot be loaded: {error}") from error
+            return
         if state.n_tokens > self.n_ctx():
             raise DataError(f"the state holds {state.n_tokens} tokens; this context has room for {self.n_ctx()} (n_ctx)")
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-        with _construction, LlamaLog() as log:
+        with self._listening() as log:
             n_bytes = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)
         failure = self._device.take_failure() if self._device else None
         if failure or n_bytes != state.llama_state_size:
             self.n_tokens = 0
             self._ctx.kv_cache_clear()
-            raise failure or DataError(f"the state cannot be loaded: {_explain_state(log.reason)}")
-        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-        self.n_tokens = state.n_tokens
+            raise failure or DataError(f"the state cannot be loaded: {sessions.explain_state(log.reason)}; the context is empty now")
+        self._take_up(state.input_ids[: state.n_tokens], state.scores, state.seed)
+
+    def _take_up(self, tokens: npt.NDArray[np.intc], scores: npt.NDArray[np.single], seed: int) -> None:
+        """What the parent knows of a context that was just restored."""
+        self.n_tokens = len(tokens)
+        self.input_ids[: self.n_tokens] = tokens
         self._requires_eval = True
-        self._seed = state.seed
+        self._seed = seed
         if self._logits_all:
-            self.scores[: state.n_tokens] = state.scores
+            self.scores[: self.n_tokens] = scores
+
+    def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        """Set the prompt cache, as in llama_cpp.Llama: one of its own, which hold states as f16, or a `GearRAMCache` or `GearDiskCache`, which hold them
+        packed. Of the latter this context sees only what belongs to its model and ``kv_type``."""
+        self._require_open()
+        super().set_cache(cache.of_owner(sessions.owner_name(self._session_owner())) if isinstance(cache, PackedCache) else cache)
+
+    def _session_owner(self) -> dict[str, Any]:
+        if self._owner is None:
+            self._owner = sessions.owner_of(self)
+        return self._owner
+
+    @contextmanager
+    def _listening(self) -> Iterator[LlamaLog]:
+        with _construction, LlamaLog() as log:
+            yield log
 
     def _raise_failure(self) -> None:
         failure = self._device.take_failure() if self._device else None
@@ -287,11 +363,3 @@ class _Closed:
 
 
 _CLOSED: Any = _Closed()
-
-
-def _explain_state(reason: str) -> str:
-    if "V transposition" in reason:
-        return "one side has flash attention and the other has not, which changes the order of V; use flash_attn=True for both"
-    if "mismatched" in reason and "type" in reason:
-        return f"it is of another cache type ({reason}); states of GEAR caches and of f16 with flash attention fit each other"
-    return reason or "it is damaged, or of another model"

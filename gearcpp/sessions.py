@@ -121,6 +121,8 @@ def _check_owner(note: dict[str, Any], llm: Llama) -> None:
         raise DataError(f"it was saved in a context of other settings: {values}; make the context with the same")
     if saved["llama_state"] != present["llama_state"]:
         raise DataError(f"it was saved by llama-cpp-python {note['llama_cpp_python']}, whose states the installed {llama_cpp.__version__} cannot read")
+    if any(token >= llm.n_vocab() for token in note["tokens"]):
+        raise DataError(f"it holds tokens that this model's vocabulary of {llm.n_vocab()} has not")
     if len(note["tokens"]) > llm.n_ctx():
         raise DataError(f"it holds {len(note['tokens'])} tokens; this context has room for {llm.n_ctx()} (n_ctx)")
 

@@ -5,7 +5,7 @@ one. Scored are the predictions from the second half of a chunk, positions n_ctx
 query read mostly packed tiles.
 
 f16 and the caches held against it advance in lock step, ubatch by ubatch, so that only one ubatch of logits of each is alive. llama.cpp's own cache types
-share the f16 model, each through a context of its own. A GEAR cache belongs to a model's device and needs a load of its own; at most two models are
+share the f16 model, each through a context of its own. A GEAR cache belongs to a model's device and needs a load of its own; by default two models are
 resident, so f16 reads the text once more for every GEAR type after the first. Every cache runs with flash attention, f16 too.
 """
 
@@ -49,6 +49,7 @@ class Settings:
         n_chunks: chunks to read; None: the whole text.
         n_threads: None: all that the process may use.
         seed: of GEAR's power iteration; None: the preset's.
+        n_models: most models in memory at once, f16's among them. GEAR types beyond that cost another reading of the text by f16.
         like_llama: refuse what llama-perplexity refuses, and leave out the row of f16 against itself.
     """
 
@@ -57,6 +58,7 @@ class Settings:
     n_chunks: int | None = None
     n_threads: int | None = None
     seed: int | None = None
+    n_models: int = 2
     like_llama: bool = False
 
     @property
@@ -72,6 +74,8 @@ class Settings:
             raise ConfigError(f"n_ubatch must be from 1 to n_ctx ({self.n_ctx}), not {self.n_ubatch}")
         if self.n_chunks is not None and self.n_chunks < 1:
             raise ConfigError(f"n_chunks must be 1 or more, not {self.n_chunks}")
+        if self.n_models < 2:
+            raise ConfigError(f"n_models must be 2 or more (f16's and another one), not {self.n_models}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -153,11 +157,12 @@ def _is_calibrated(label: str) -> bool:
     return needs_calibration(label[len("sim:") :].partition("+")[0])
 
 
-def plan_passes(specs: Sequence[CacheSpec]) -> list[list[CacheSpec]]:
-    """Which caches run together with f16: all of llama.cpp's own and the first GEAR type, then one GEAR type at a time."""
+def plan_passes(specs: Sequence[CacheSpec], n_models: int = 2) -> list[list[CacheSpec]]:
+    """Which caches run together with f16: all of llama.cpp's own and as many GEAR types as models may be loaded beside f16's, then the next GEAR types."""
     own = [spec for spec in specs if not spec.kv_type.gear]
     gear = [spec for spec in specs if spec.kv_type.gear]
-    return [own + gear[:1], *([spec] for spec in gear[1:])]
+    n = n_models - 1
+    return [own + gear[:n], *(gear[i : i + n] for i in range(n, len(gear), n))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -442,7 +447,7 @@ class Measurement:
         self._specs = parse_caches(kv, self.settings, None if calibration is None else lambda: self._record(model, calibration))
         if calibration is not None and not self._recorder:
             raise ConfigError("a text to calibrate on is given, but no cache type wants one: name sim:kvquant3 or sim:cq-4c8b, or leave --calibrate out")
-        self._passes = plan_passes(self._specs)
+        self._passes = plan_passes(self._specs, self.settings.n_models)
         self._lines = {spec: _Line(spec) for spec in [REFERENCE, *self._specs]}
         self.info = read_model_info(model)
         if not self.info.layers:

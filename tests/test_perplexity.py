@@ -197,6 +197,8 @@ def test_f16_against_itself_is_a_row_and_runs_with_the_first_gear_type() -> None
     assert [spec.label for spec in specs] == ["f16, -ub 63", "gear4", "q8_0", "gear3", "q4_0"]
     passes = [[spec.label for spec in together] for together in plan_passes(specs)]
     assert passes == [["f16, -ub 63", "q8_0", "q4_0", "gear4"], ["gear3"]]
+    passes = [[spec.label for spec in together] for together in plan_passes(parse_caches("gear4,gear3,q8_0,gear2,gear-l", Settings()), 3)]
+    assert passes == [["f16, -ub 63", "q8_0", "gear4", "gear3"], ["gear2", "gear-l"]]
     assert parse_caches("f16", Settings()) == []
     assert plan_passes([]) == [[]]
     assert [spec.label for spec in parse_caches("f16,q8_0", Settings(like_llama=True))] == ["q8_0"]

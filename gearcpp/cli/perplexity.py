@@ -45,6 +45,9 @@ def perplexity(
         typer.Option("-ub", "--ubatch-size", "-b", "--batch-size", min=1, metavar="N", help="Tokens read at once, at most a tile; default 128."),
     ] = None,
     chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Chunks to read; default: all.")] = None,
+    models: Annotated[
+        int, typer.Option("--models", min=2, metavar="N", help="Models in memory at once: f16 reads the text once for every N - 1 GEAR types.")
+    ] = 2,
     like_llama: Annotated[
         bool, typer.Option("--like-llama-perplexity", help="llama-perplexity's defaults (-c 512, -ub 512) and refusals, and no row of f16 against itself.")
     ] = False,
@@ -80,6 +83,7 @@ def perplexity(
         n_chunks=chunks,
         n_threads=threads or default_threads(),
         seed=seed,
+        n_models=models,
         like_llama=like_llama,
     )
     path, text = resolve_model(model, hf), read_text(file)

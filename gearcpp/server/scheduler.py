@@ -35,8 +35,8 @@ logger = logging.getLogger("gearcpp.server")
 
 HEADROOM = 64  # cells that must be free for an answer's first tokens before its prompt is begun
 WORTH_WAITING = 32  # tokens in common with a prompt under way for which a prompt waits, to share them
-# When as many tokens were written as this many contexts hold, a beginning is evaluated anew instead of shared: where its rows are in a tile with cells that
-# others write again and again, GEAR's ranges widen each time, and the rows lose (docs/server.md).
+# When as many tokens were written as this many contexts hold, a beginning is evaluated anew instead of shared: where its rows are in a tile with cells
+# that others write again and again, GEAR's ranges widen each time, and the rows lose (docs/server.md).
 TURNS = 1
 _KV_PERIOD = 0.5  # seconds between two looks at the KV cache's statistics
 _RATE_PERIOD = 0.5  # seconds over which tokens per second are counted, at least

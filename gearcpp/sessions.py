@@ -91,12 +91,13 @@ def file_fingerprint(path: Path) -> str:
 def owner_of(llm: Llama) -> dict[str, Any]:
     """What a session must share with the context that takes it up, as JSON can hold it. Reads parts of the model's files."""
     kv, given = llm.kv_type, llm._given
+    codec = kv.method.name if kv.method else bool(given.get("codec"))  # whose tiles are f16
     lora = given.get("lora_path")
     owner = {
         "model": [file_fingerprint(path) for path in llm.info.files],
         "lora": [file_fingerprint(Path(lora)), float(given.get("lora_scale", 1.0))] if lora else None,
         "overrides": {name: repr(value) for name, value in sorted((given.get("kv_overrides") or {}).items())},
-        "cache": {"gear": kv.gear.to_dict(), "codec": bool(given.get("codec"))} if kv.gear else {"types": [kv.type_k, kv.type_v]},
+        "cache": {"gear": kv.gear.to_dict(), "codec": codec} if kv.gear else {"types": [kv.type_k, kv.type_v]},
         "context": {name: getattr(llm.context_params, name) for name in _CONTEXT if hasattr(llm.context_params, name)},
         "llama_state": llama_cpp.LLAMA_SESSION_VERSION,
     }

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="gearcpp.reference needs PyTorch")
 
 import llama_cpp  # noqa: E402
 
-from gearcpp import CodecError, ConfigError, GearConfig, KVType, Llama, model_params, reference  # noqa: E402
+from gearcpp import CodecError, ConfigError, DataError, GearConfig, KVType, Llama, model_params, reference  # noqa: E402
 from gearcpp.cli import main  # noqa: E402
 
 TOKENS = [1, *range(3, 250), *range(3, 203)]
@@ -129,3 +129,23 @@ def test_there_is_nothing_to_time_about_a_method(bundled_model, capsys):
         main(["bench", "-m", str(bundled_model), "--kv", "f16,sim:kivi2"])
     assert end.value.code
     assert "nothing to time" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_session_belongs_to_its_method(random_model, tmp_path):
+    """Tiles that a method coded are f16, others are not, and a session holds tiles as they are."""
+    configs = {"halved": lambda side, x, place: reference.methods.tensors.Coded(x / 2, 1), "kept": lambda side, x, place: (x, 1)}
+    types = [KVType(name, SMALL, method=reference.Method(name, code)) for name, code in configs.items()]
+    saved = load(random_model(), types[0])
+    saved.eval(TOKENS)
+    saved.save_session(tmp_path / "session")
+    for other in (types[1], SMALL):
+        llm = load(random_model(), other)
+        with pytest.raises(DataError, match="was saved with kv_type='halved'"):
+            llm.load_session(tmp_path / "session")
+        llm.close()
+    again = load(random_model(), types[0])
+    again.load_session(tmp_path / "session")
+    assert again.n_tokens == len(TOKENS)
+    assert again.kv_stats()["total"]["n_packed"] == saved.kv_stats()["total"]["n_packed"] > 0
+    saved.close()
+    again.close()

@@ -154,12 +154,17 @@ class callback_input final : public gear::input {
 
     uint64_t size() const override { return (uint64_t) size_; }
     void     read(uint64_t offset, void * data, size_t n) const override {
-        if (n > 0 && read_(user_, (int64_t) offset, data, (int64_t) n) != 0) {
-            gear::fail(GEAR_ERROR_CALLBACK, "the session could not be read");
+        for (size_t done = 0, n_now = 0; done < n; done += n_now) {
+            n_now = std::min(n - done, most_bytes);
+            if (read_(user_, (int64_t) (offset + done), (uint8_t *) data + done, (int64_t) n_now) != 0) {
+                gear::fail(GEAR_ERROR_CALLBACK, "the session could not be read");
+            }
         }
     }
 
   private:
+    static constexpr size_t most_bytes = (size_t) 1 << 24; // of one call: systems give no more than 2 GiB at once
+
     int64_t           size_;
     gear_session_read read_;
     void *            user_;

@@ -2,6 +2,7 @@
 
 #include "codec/codec.h"
 #include "common/error.h"
+#include "common/memory.h"
 #include "plugin/kv_session.h"
 
 #include <algorithm>

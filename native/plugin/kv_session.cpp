@@ -1,8 +1,8 @@
 #include "plugin/kv_session.h"
 
 #include "common/error.h"
+#include "common/memory.h"
 #include "plugin/device.h"
-#include "plugin/kv_buffer.h"
 
 #include <algorithm>
 
@@ -22,7 +22,16 @@ char letter(gear_side side) {
 // Saving
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-kv_session::kv_session(kv_device * device, size_t state_bytes) : device_(device), window_(state_bytes) {
+// written: bytes that will be
+void kv_session::make_window(size_t bytes, size_t written) {
+    require_memory(written, "a session");
+    window_ = std::make_unique<address_range>(bytes);
+    window_->commit();
+    n_window_ = bytes;
+}
+
+kv_session::kv_session(kv_device * device, size_t state_bytes) : device_(device) {
+    make_window(state_bytes, device ? 0 : state_bytes);
     if (device_) {
         device_->add(this);
     }
@@ -35,7 +44,7 @@ kv_session::~kv_session() {
 }
 
 void kv_session::note_saved(kv_buffer & buffer, const cache_tensor & tensor, int64_t cell, int64_t n, const void * data) {
-    const uint64_t offset = (uint64_t) ((const uint8_t *) data - window_.data());
+    const uint64_t offset = (uint64_t) ((const uint8_t *) data - window());
     auto           found  = std::find_if(saved_.begin(), saved_.end(), [&](const saved_tensor & s) { return s.tensor == &tensor; });
     if (found == saved_.end()) {
         saved_.push_back({ &buffer, &tensor, {} });
@@ -59,8 +68,8 @@ void kv_session::flush(saved_tensor & saved, int n_threads) {
 }
 
 void kv_session::save(size_t n_state, const void * note, size_t n_note, const void * extra, size_t n_extra, int n_threads, output & out) {
-    if (n_state > window_.size() || n_threads < 1 || n_note > most_note) {
-        fail(GEAR_ERROR_INVALID, "cannot save a state of %zu bytes in a window of %zu with %d threads and a note of %zu bytes", n_state, window_.size(),
+    if (n_state > n_window_ || n_threads < 1 || n_note > most_note) {
+        fail(GEAR_ERROR_INVALID, "cannot save a state of %zu bytes in a window of %zu with %d threads and a note of %zu bytes", n_state, n_window_,
              n_threads, n_note);
     }
     std::vector<part> rows; // in stores
@@ -93,7 +102,7 @@ void kv_session::save(size_t n_state, const void * note, size_t n_note, const vo
             to.put(p);
         }
         for (const part & p : parts) {
-            to.write(window_.data() + p.offset, p.size);
+            to.write(window() + p.offset, p.size);
         }
     });
     for (saved_tensor & saved : saved_) {
@@ -120,6 +129,7 @@ kv_session::kv_session(std::unique_ptr<input> in, bool note_only) : in_(std::mov
     note_.resize(sections[0].size);
     in_->read(sections[0].offset, note_.data(), note_.size());
     if (note_only) {
+        make_window(0, 0);
         return;
     }
     bool has_state = false;
@@ -158,9 +168,9 @@ void kv_session::read_state(const section & from) {
     if (at.left() != n_bytes || n_state > SIZE_MAX / 2) {
         fail(GEAR_ERROR_DATA, "it is inconsistent: its state is not as long as its parts");
     }
-    window_ = mapping(n_state);
+    make_window(n_state, n_bytes);
     for (const part & p : parts_) {
-        at.bytes(window_.data() + p.offset, p.size);
+        at.bytes(window() + p.offset, p.size);
     }
 }
 
@@ -169,7 +179,7 @@ void kv_session::index_ranges() {
     for (size_t i = 0; i < kept_.size(); ++i) {
         const store_image & image = kept_[i].image;
         for (const cell_range & range : image.ranges) {
-            if (range.offset > window_.size() || (uint64_t) range.n > (window_.size() - range.offset) / image.row_bytes()) {
+            if (range.offset > n_window_ || (uint64_t) range.n > (n_window_ - range.offset) / image.row_bytes()) {
                 fail(GEAR_ERROR_DATA, "it is inconsistent: rows lie outside of its state");
             }
             ranges_.push_back({ range.offset, range.n * image.row_bytes(), i, range.cell });
@@ -189,7 +199,7 @@ void kv_session::index_ranges() {
         }
         end += p.size;
     }
-    if (end != window_.size()) {
+    if (end != n_window_) {
         fail(GEAR_ERROR_DATA, "it is inconsistent: its state has gaps");
     }
 }
@@ -223,7 +233,7 @@ void kv_session::attach(kv_device * device) {
 }
 
 bool kv_session::note_restored(kv_buffer & buffer, cache_tensor & tensor, int64_t cell, int64_t n, const void * data) {
-    uint64_t offset = (uint64_t) ((const uint8_t *) data - window_.data());
+    uint64_t offset = (uint64_t) ((const uint8_t *) data - window());
     for (bool is_first = true; n > 0; is_first = false) {
         const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), offset, [](uint64_t o, const kept_range & r) { return o < r.offset; });
         const bool found = after != ranges_.begin() && offset < std::prev(after)->offset + std::prev(after)->size;

@@ -11,7 +11,7 @@
 //     section extra    the caller's
 #pragma once
 
-#include "common/memory.h"
+#include "plugin/kv_buffer.h"
 #include "session/store_image.h"
 
 #include <cstddef>
@@ -22,8 +22,6 @@
 namespace gear {
 
 class kv_device;
-class kv_buffer;
-struct cache_tensor;
 
 class kv_session {
   public:
@@ -38,8 +36,8 @@ class kv_session {
     // Before llama.cpp restores from the window. Throws when the device would not understand the tiles.
     void attach(kv_device * device);
 
-    uint8_t *                    window() const { return window_.data(); }
-    size_t                       window_size() const { return window_.size(); }
+    uint8_t *                    window() const { return (uint8_t *) window_->data(); }
+    size_t                       window_size() const { return n_window_; }
     const std::vector<uint8_t> & note() const { return note_; }
     uint64_t                     extra_size() const { return extra_.size; }
 
@@ -49,7 +47,7 @@ class kv_session {
     int64_t restore(void * extra);
 
     // From the buffer, while llama.cpp saves or restores.
-    bool has(const void * data) const { return window_.data() <= data && data < window_.data() + window_.size(); }
+    bool has(const void * data) const { return window() <= data && data < window() + n_window_; }
     void note_saved(kv_buffer & buffer, const cache_tensor & tensor, int64_t cell, int64_t n, const void * data);
     // false: these bytes are in the window itself.
     bool note_restored(kv_buffer & buffer, cache_tensor & tensor, int64_t cell, int64_t n, const void * data);
@@ -75,20 +73,22 @@ class kv_session {
         int64_t  cell;         // the first one
     };
 
+    void    make_window(size_t bytes, size_t written);
     void    read_state(const section & from);
     void    index_ranges();
     int64_t restore_tensor(kept_tensor & kept);
     void    flush(saved_tensor & saved, int n_threads);
 
-    kv_device *               device_ = nullptr;
-    mapping                   window_;
-    std::vector<saved_tensor> saved_;
-    std::unique_ptr<input>    in_;
-    std::vector<uint8_t>      note_;
-    section                   extra_ = { section_kind::extra, 0, 0 };
-    std::vector<part>         parts_; // ascending
-    std::vector<kept_tensor>  kept_;
-    std::vector<kept_range>   ranges_; // of all kept tensors, by offset
+    kv_device *                    device_ = nullptr;
+    std::unique_ptr<address_range> window_; // address space; most of it is never written
+    size_t                         n_window_ = 0;
+    std::vector<saved_tensor>      saved_;
+    std::unique_ptr<input>         in_;
+    std::vector<uint8_t>           note_;
+    section                        extra_ = { section_kind::extra, 0, 0 };
+    std::vector<part>              parts_; // ascending
+    std::vector<kept_tensor>       kept_;
+    std::vector<kept_range>        ranges_; // of all kept tensors, by offset
 };
 
 } // namespace gear

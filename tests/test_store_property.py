@@ -1,5 +1,5 @@
-"""The store against a plain f16 cache, driven at random by hypothesis: writes in any order, rewrites, erasures, copies of streams, shifts, flushes, saves and
-attention, for several configurations. Every step compares every cell.
+"""The store against a plain f16 cache, driven at random by hypothesis: writes in any order, rewrites, erasures, copies of streams, shifts, flushes, saves
+and attention, for several configurations. Every step compares every cell.
 
     GEARCPP_STEPS=100000 pytest tests/test_store_property.py        the long form; the default is for continuous integration
     GEARCPP_TEST_SEED=7 pytest tests/test_store_property.py         another seed (it is in pytest's header)

@@ -16,7 +16,8 @@ const char * const tested_releases = "llama-cpp-python 0.3.36 (ggml 0.25.3)";
 
 functions api;
 numbers   num;
-void *    opened_api = nullptr; // address of ggml_init in the ggml that was proved: another address is another ggml
+void *    opened_api     = nullptr; // address of ggml_init in the ggml that was proved: another address is another ggml
+bool      has_gnu_openmp = false;
 
 [[noreturn]] void mismatch(const char * what) {
     fail(GEAR_ERROR_ABI,
@@ -95,6 +96,11 @@ void find_functions(void * libllama) {
     FIND(ggml_backend_dev_supports_buft), FIND(ggml_backend_dev_backend_reg), FIND(ggml_backend_reg_get_proc_address);
     FIND(ggml_backend_dev_by_name), FIND(ggml_backend_dev_by_type);
 #undef FIND
+    for (void * handle : handles) {
+        const void * symbol = dlsym(handle, "GOMP_parallel"); // LLVM's OpenMP has one, too
+        Dl_info      info;
+        has_gnu_openmp |= symbol && dladdr(symbol, &info) != 0 && info.dli_fname && strstr(info.dli_fname, "libgomp");
+    }
     if (!missing.empty()) {
         fail(GEAR_ERROR_ABI,
              "no usable ggml in this process: %s not found. Import llama_cpp first (llama-cpp-python), or load the plugin from a llama.cpp program. "
@@ -285,6 +291,13 @@ void prove_backend(context * ctx, device * dev) {
     expect(cpu->dev == api.ggml_backend_get_device(cpu) && cpu->dev == dev, "ggml_backend.device");
     expect(is_function(cpu->iface.get_name) && is_function(cpu->iface.graph_compute) && is_function(cpu->iface.free), "ggml_backend_i");
     expect(cpu->iface.get_name(cpu) == api.ggml_backend_name(cpu), "ggml_backend_i.get_name");
+    // One thread: a process that has had several inside OpenMP cannot be forked, and this one may only be about to be.
+    using setter = void (*)(backend *, int);
+    void * found = api.ggml_backend_reg_get_proc_address(api.ggml_backend_dev_backend_reg(dev), "ggml_backend_set_n_threads");
+    setter set_n_threads;
+    memcpy(&set_n_threads, &found, sizeof found);
+    expect(set_n_threads != nullptr, "ggml_backend_set_n_threads");
+    set_n_threads(cpu, 1);
 
     float    one = 1.0f;
     witness  seen;
@@ -344,6 +357,10 @@ void open(void * libllama) {
     find_functions(libllama);
     prove();
     memcpy(&opened_api, &api.ggml_init, sizeof opened_api);
+}
+
+bool uses_gnu_openmp() {
+    return has_gnu_openmp;
 }
 
 bool is_open() {

@@ -274,6 +274,8 @@ struct numbers {
 
 // Find ggml and prove the layout, once per process. Throws gear::error (GEAR_ERROR_ABI) naming the ggml version found and those tested.
 void open(void * libllama);
+// ggml's threads are those of GNU OpenMP, which hang in a child that is forked after several of them have run.
+bool uses_gnu_openmp();
 bool is_open();
 
 const functions & ggml();

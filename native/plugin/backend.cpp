@@ -7,8 +7,10 @@
 #include "plugin/device.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <deque>
+#include <unistd.h>
 
 namespace gear {
 
@@ -299,7 +301,22 @@ abi::tensor * shadow_of(gear_backend & b, abi::tensor * node, cache_tensor *& sh
     return replaced ? &replaced->node : node;
 }
 
+// A child of a process in which OpenMP has had several threads would wait for them for ever.
+void check_fork(const gear_backend & b) {
+    static std::atomic<pid_t> first_user{ 0 }; // of several threads
+    if (b.n_threads == 1 || !abi::uses_gnu_openmp()) {
+        return;
+    }
+    pid_t user = 0;
+    if (!first_user.compare_exchange_strong(user, getpid()) && user != getpid()) {
+        fail(GEAR_ERROR_UNSUPPORTED,
+             "this process was forked from one in which llama.cpp had computed with several threads, which GNU OpenMP does not survive: fork before the "
+             "first token, start processes afresh (multiprocessing's 'spawn'), or use n_threads=1 and n_threads_batch=1 here");
+    }
+}
+
 int compute(gear_backend & b, const abi::cgraph & graph) {
+    check_fork(b);
     buffer_locks locks;
     for (int i = 0; i < graph.n_nodes; ++i) {
         const abi::tensor * node = graph.nodes[i];

@@ -294,12 +294,12 @@ kept_error kv_device::take_error() {
 }
 
 void kv_device::add(kv_buffer * buffer) {
-    std::lock_guard<std::mutex> guard(mutex_);
+    std::lock_guard<std::mutex> guard(buffers_mutex_);
     buffers_.insert(buffer);
 }
 
 void kv_device::remove(kv_buffer * buffer) {
-    std::lock_guard<std::mutex> guard(mutex_);
+    std::lock_guard<std::mutex> guard(buffers_mutex_);
     buffers_.erase(buffer);
 }
 
@@ -320,13 +320,9 @@ kv_session * kv_device::session_at(const void * data) {
 }
 
 std::vector<gear_store_stats> kv_device::stats() {
-    std::vector<kv_buffer *> buffers;
-    {
-        std::lock_guard<std::mutex> guard(mutex_);
-        buffers.assign(buffers_.begin(), buffers_.end());
-    }
+    std::lock_guard<std::mutex>   none_goes(buffers_mutex_);
     std::vector<gear_store_stats> all;
-    for (kv_buffer * buffer : buffers) {
+    for (kv_buffer * buffer : buffers_) {
         std::lock_guard<std::mutex> guard(buffer->lock);
         buffer->stats(all);
     }

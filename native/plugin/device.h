@@ -90,6 +90,7 @@ class kv_device {
     abi::buffer_type                             type_, kv_type_;
     mutable std::mutex                           mutex_;
     std::map<std::thread::id, std::deque<asked>> asked_;
+    std::mutex                                   buffers_mutex_; // taken before a buffer is locked; mutex_ after that
     std::set<kv_buffer *>                        buffers_;
     std::set<kv_session *>                       sessions_;
     kept_error                                   error_;

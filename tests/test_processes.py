@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -51,6 +52,47 @@ def test_two_contexts_of_one_model_in_two_threads(kv_type: Any, random_model: Ra
         with ThreadPoolExecutor(2) as pool:
             together = list(pool.map(decode, texts, [start, start]))
         np.testing.assert_array_equal(together, alone)
+    llama_cpp.llama_model_free(model)
+    device.close()
+
+
+def test_statistics_of_a_context_that_others_use(random_model: RandomModel) -> None:
+    """What a server's metrics do: statistics from one thread, while others decode, clear, save, load and free contexts of the same device."""
+    params, device = gearcpp.model_params(random_model(), SMALL, n_ubatch=64)
+    assert device
+    model = llama_cpp.llama_model_load_from_file(str(random_model()).encode(), params)
+    ended = threading.Event()
+
+    def live(_: int) -> None:
+        for _ in range(6):
+            context = llama_cpp.llama_init_from_model(
+                model, gearcpp.context_params(SMALL, n_ctx=1024, n_batch=64, n_ubatch=64, n_threads=1, n_threads_batch=1)
+            )
+            tokens = (llama_cpp.llama_token * 64)(*range(3, 67))
+            for _ in range(5):
+                assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 64)) == 0, device.take_failure()
+            state = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(context))()
+            n_bytes = llama_cpp.llama_state_get_data(context, state, len(state))
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            assert llama_cpp.llama_state_set_data(context, state, n_bytes) == n_bytes > 0, device.take_failure()
+            llama_cpp.llama_free(context)
+
+    def ask() -> int:
+        n = 0
+        while not ended.is_set():
+            for store in device.stats():
+                assert 0 <= store["n_written"] == store["n_packed"] + store["n_exact"] <= 1024
+            n += 1
+        return n
+
+    with ThreadPoolExecutor(3) as pool:
+        asking = pool.submit(ask)
+        try:
+            list(pool.map(live, range(2)))
+        finally:
+            ended.set()
+        assert asking.result() > 0
+    assert device.stats() == []
     llama_cpp.llama_model_free(model)
     device.close()
 

@@ -70,8 +70,9 @@ bool observe(const abi::tensor * op) {
         if (!tensor) {
             continue;
         }
-        touches            = true;
-        observed_use & use = tensor->use;
+        touches = true;
+        std::lock_guard<std::mutex> guard(kv_buffer::of(op->src[i])->lock); // statistics may be asked for meanwhile
+        observed_use &              use = tensor->use;
         if (i == 2 && is_row_write(op, *tensor)) {
             use.n_rows = std::max(use.n_rows, (int) op->src[0]->ne[1]);
         } else if ((i == 1 || i == 2) && is_attention(op, cache_of(op->src[1]), cache_of(op->src[2]))) {

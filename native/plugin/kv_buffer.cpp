@@ -65,11 +65,16 @@ kv_buffer & self(abi::buffer * buffer) {
 }
 
 // What goes wrong here cannot be returned through ggml's interface: it is kept in the device and fails the next graph.
-template <class F> void reported(kv_buffer & buffer, F && f) {
-    const gear_status status = guarded(f);
+// The buffer is locked, because statistics may be asked for by another thread at any time.
+template <class F> gear_status reported(kv_buffer & buffer, F && f) {
+    const gear_status status = guarded([&] {
+        std::lock_guard<std::mutex> guard(buffer.lock);
+        f();
+    });
     if (status != GEAR_OK) {
         buffer.device().set_error(status, gear_last_error());
     }
+    return status;
 }
 
 void free_buffer(abi::buffer * buffer) {
@@ -84,11 +89,7 @@ int init_tensor(abi::buffer * buffer, abi::tensor * tensor) {
     if (tensor->view_src) {
         return abi::graph_success;
     }
-    const gear_status status = guarded([&] { self(buffer).add(tensor); });
-    if (status != GEAR_OK) {
-        self(buffer).device().set_error(status, gear_last_error());
-    }
-    return status == GEAR_OK ? abi::graph_success : abi::graph_failed;
+    return reported(self(buffer), [&] { self(buffer).add(tensor); }) == GEAR_OK ? abi::graph_success : abi::graph_failed;
 }
 
 void memset_tensor(abi::buffer * buffer, abi::tensor * tensor, uint8_t value, size_t offset, size_t size) {
@@ -104,7 +105,18 @@ void get_tensor(abi::buffer * buffer, const abi::tensor * tensor, void * data, s
 }
 
 bool cpy_tensor(abi::buffer * buffer, const abi::tensor * source, abi::tensor * target) {
-    bool done = false;
+    bool              done   = false;
+    kv_buffer * const origin = kv_buffer::of(source);
+    if (origin && origin != &self(buffer)) { // of another context: both are locked, in one order for all threads
+        const gear_status status = guarded([&] {
+            std::scoped_lock guard(origin->lock, self(buffer).lock);
+            done = self(buffer).copy(source, target);
+        });
+        if (status != GEAR_OK) {
+            self(buffer).device().set_error(status, gear_last_error());
+        }
+        return done;
+    }
     reported(self(buffer), [&] { done = self(buffer).copy(source, target); });
     return done;
 }

@@ -85,7 +85,7 @@ class kv_buffer {
 
     void stats(std::vector<gear_store_stats> & out);
 
-    std::mutex lock; // held while a graph that touches this buffer is computed
+    std::mutex lock; // held while a graph that touches this buffer is computed, and while ggml reads or changes it
 
     // A ggml buffer around a new kv_buffer. Throws gear::error.
     static abi::buffer * make(kv_device & device, size_t size);

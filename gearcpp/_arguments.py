@@ -15,6 +15,7 @@ import llama_cpp
 from .config import KVType, check_names
 from .errors import ConfigError, UnsupportedError
 
+_PARENT = llama_cpp.Llama  # now: programs may put gearcpp.Llama in its place later
 CELL_PADDING = 256  # llama.cpp rounds n_ctx up to this (llama-context.cpp), llama_cpp.Llama's own buffers do not
 _MOST_CONTEXT = 2**31 - CELL_PADDING
 _WITHOUT_FLASH_ATTENTION = ("f32", "f16", "bf16")  # types of V that llama.cpp can keep without flash attention
@@ -22,7 +23,7 @@ _WITHOUT_FLASH_ATTENTION = ("f32", "f16", "bf16")  # types of V that llama.cpp c
 
 def known_arguments() -> list[str]:
     """Arguments of the installed llama_cpp.Llama."""
-    parameters = inspect.signature(llama_cpp.Llama.__init__).parameters.values()
+    parameters = inspect.signature(_PARENT.__init__).parameters.values()
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
 
 

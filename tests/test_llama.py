@@ -97,6 +97,13 @@ def test_sizes_out_of_range(bad: dict[str, Any]) -> None:
         arguments_for("gear", **bad)
 
 
+def test_our_llama_in_the_parents_place(random_model: RandomModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What programs that were written for the parent are made to use."""
+    monkeypatch.setattr(llama_cpp, "Llama", Llama)
+    llm = llama_cpp.Llama(str(random_model()), n_ctx=256, verbose=False)
+    assert llm.kv_type.name == "gear"
+
+
 def test_misspelt_arguments(random_model: RandomModel) -> None:
     with pytest.raises(ConfigError, match=r"'flash_atn' \(did you mean 'flash_attn'\?\)"):
         load(random_model(), flash_atn=True)

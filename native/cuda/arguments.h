@@ -1,0 +1,84 @@
+// arguments.h - what the kernels are given: plain structures, passed by value.
+#pragma once
+
+#include "codec/tile.h"
+
+namespace gear::cuda {
+
+// What a table of places says of a cell: the slot of its exact row, or one of these.
+constexpr int32_t place_absent = -1; // never written: zeros
+constexpr int32_t place_packed = -2; // its tile holds it
+
+// One side (K or V) of one layer in device memory.
+struct device_side {
+    tile_layout     layout;    // bits 16: every row is exact, and there are no tiles; n_token, d_head and side hold all the same
+    uint8_t *       tiles;     // [n_stream, n_tile, n_head, layout.part.bytes]
+    uint16_t *      pool;      // f16 [n_stream, n_row, n_head, d_head]
+    const int32_t * place;     // [n_stream, n_cell] slot of the cell's exact row in its stream's pool, or place_absent or place_packed
+    const float *   weight;    // nullptr (a weight for each channel of K is to come)
+    int32_t         n_head;    // KV heads
+    int32_t         n_cell;    // of a stream
+    int32_t         n_tile;    // of a stream
+    int32_t         n_row;     // of a stream
+    bool            has_tiles; //
+};
+
+// Rows on their way into the pool; K and V of a layer go together.
+struct write_side {
+    const void * rows;    // row i at rows + i * stride bytes, n_embd elements of f32 or f16
+    int64_t      stride;  //
+    bool         is_half; //
+    uint16_t *   pool;    //
+    int32_t      n_embd;  //
+};
+
+struct write_arguments {
+    write_side      side[2];
+    int32_t         n_side;
+    int32_t         n;       // rows
+    const int32_t * slot[2]; // [n] of all streams (stream * n_row + slot), -1: another row of this write goes to the same cell
+};
+
+// Changes of a table of places: place[index[i]] = value[i]
+struct place_arguments {
+    int32_t *       place;
+    const int32_t * index;
+    const int32_t * value;
+    int32_t         n;
+};
+
+// A tile to be packed, for all heads.
+struct pack_job {
+    int32_t stream;
+    int32_t tile;
+};
+
+struct pack_arguments {
+    device_side      side;
+    uint32_t         seed;
+    const pack_job * jobs;    // [n_job]
+    const int32_t *  source;  // [n_job, n_token] slot of the exact row; place_absent: not to be coded; place_packed: stays as the tile has it
+    int32_t          n_job;   //
+    uint8_t *        scratch; // [blocks, pack_scratch]
+};
+
+struct unpack_arguments {
+    device_side side;
+    int32_t     stream;
+    int32_t     first; // cell
+    int32_t     n;     // cells
+    uint16_t *  rows;  // f16 [n, n_head, d_head]
+};
+
+struct attend_arguments {
+    gear_attention_params params; // pointers are the device's
+    device_side           k, v;
+    int32_t               n_share;        // query heads of a KV head
+    int32_t               n_tile;         // that n_kv reaches into
+    int32_t               tiles_of_split; // decode: a block's tiles
+    int32_t               n_split;        //
+    int32_t               out_stride;     // floats of a row of partials: 2 + d_v, rounded up to 4
+    float *               partial;        // [n_stream, n_head, n_query, n_split, out_stride] max, sum, output not yet divided
+};
+
+} // namespace gear::cuda

@@ -1,0 +1,341 @@
+// cuda_on_cpu.h - what the words of CUDA mean, on a CPU: for tests only. The kernels of native/cuda compile as they stand behind this header, and launch()
+// runs them: every thread of a block is a fiber of its own, and fibers switch at barriers and warp collectives only.
+//
+// Which thread goes on first after a barrier is anybody's guess on a GPU; here it goes by turns from launch to launch (forward, backward, scattered), so
+// that a barrier that is missing shows. A barrier that some threads never reach is reported instead of waited for.
+#pragma once
+
+#include "common/half.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <ucontext.h>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#    include <sanitizer/common_interface_defs.h>
+#endif
+
+#define GEAR_CUDA_ON_CPU
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define GEAR_UNROLL
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cuda_on_cpu {
+
+constexpr int    warp_size   = 32;
+constexpr int    max_threads = 1024;
+constexpr size_t stack_bytes = 64 << 10;
+constexpr size_t exchange    = 32; // bytes of the largest value that a warp exchanges
+
+// A barrier: it opens, for all, when its generation changes.
+struct gate {
+    int n_member   = 0;
+    int n_arrived  = 0;
+    int generation = 0;
+    int vote[2]    = {}; // of the generation in progress, and of the one before
+};
+
+struct warp_state {
+    gate          sync;
+    unsigned char slot[2][warp_size][exchange]; // by turns, so that one barrier an exchange is enough
+};
+
+struct fiber {
+    ucontext_t              context;
+    std::unique_ptr<char[]> stack;
+    const gate *            waits_for  = nullptr; // nullptr: it can run
+    int                     generation = 0;       // that it waits to be over
+    bool                    is_done    = true;
+    dim3                    index;
+    int                     turn = 0; // of the warp's slots
+#if defined(__SANITIZE_ADDRESS__)
+    void * fake_stack = nullptr;
+#endif
+};
+
+struct machine {
+    std::vector<fiber>         fibers{ max_threads };
+    std::vector<warp_state>    warps{ max_threads / warp_size };
+    gate                       block_sync;
+    std::vector<unsigned char> shared;
+    dim3                       block_index, block_size, grid_size;
+    ucontext_t                 scheduler;
+    int                        current  = 0;
+    int                        n_launch = 0;
+    std::function<void()>      kernel;
+#if defined(__SANITIZE_ADDRESS__)
+    void *       scheduler_fake  = nullptr;
+    const void * scheduler_stack = nullptr;
+    size_t       scheduler_size  = 0;
+#endif
+
+    fiber &      self() { return fibers[current]; }
+    warp_state & warp() { return warps[current / warp_size]; }
+};
+
+inline machine & the_machine() {
+    static machine m;
+    return m;
+}
+
+inline void to_scheduler(bool is_last) {
+    machine & m = the_machine();
+    fiber &   f = m.self();
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(is_last ? nullptr : &f.fake_stack, m.scheduler_stack, m.scheduler_size);
+#else
+    (void) is_last;
+#endif
+    swapcontext(&f.context, &m.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void fiber_main() {
+    machine & m = the_machine();
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_size);
+#endif
+    m.kernel();
+    m.self().is_done = true;
+    to_scheduler(true);
+}
+
+inline void resume(int thread) {
+    machine & m = the_machine();
+    m.current   = thread;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&m.scheduler_fake, m.fibers[thread].stack.get(), stack_bytes);
+#endif
+    swapcontext(&m.scheduler, &m.fibers[thread].context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(m.scheduler_fake, nullptr, nullptr);
+#endif
+}
+
+// Returns the bitwise or of all votes.
+inline int arrive(gate & g, int vote = 0) {
+    const int generation = g.generation;
+    g.vote[generation & 1] |= vote;
+    if (++g.n_arrived == g.n_member) {
+        g.n_arrived             = 0;
+        g.vote[~generation & 1] = 0;
+        ++g.generation;
+    } else {
+        fiber & f    = the_machine().self();
+        f.waits_for  = &g;
+        f.generation = generation;
+        to_scheduler(false);
+    }
+    return g.vote[generation & 1];
+}
+
+inline int place_in_order(int i, int n, int order) {
+    return order == 0 ? i : order == 1 ? n - 1 - i : (int) ((i * 37ll + 11) % n); // block sizes are powers of two, so that 37 reaches all
+}
+
+inline void run_block(int n_thread) {
+    machine & m  = the_machine();
+    m.block_sync = {};
+    for (int i = 0; i < n_thread; ++i) {
+        fiber & f = m.fibers[i];
+        if (!f.stack) {
+            f.stack.reset(new char[stack_bytes]);
+        }
+        f.waits_for = nullptr;
+        f.is_done   = false;
+        f.turn      = 0;
+        f.index     = dim3((unsigned) i, 0, 0);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp   = f.stack.get();
+        f.context.uc_stack.ss_size = stack_bytes;
+        f.context.uc_link          = nullptr;
+        makecontext(&f.context, fiber_main, 0);
+    }
+    m.block_sync.n_member = n_thread;
+    for (int i = 0; i < n_thread / warp_size; ++i) {
+        m.warps[i].sync          = {};
+        m.warps[i].sync.n_member = warp_size;
+    }
+    for (int n_done = 0; n_done < n_thread;) {
+        bool moved = false;
+        for (int i = 0; i < n_thread; ++i) {
+            const int thread = place_in_order(i, n_thread, m.n_launch % 3);
+            fiber &   f      = m.fibers[thread];
+            if (f.is_done || (f.waits_for && f.waits_for->generation == f.generation)) {
+                continue;
+            }
+            f.waits_for = nullptr;
+            moved       = true;
+            resume(thread);
+            n_done += f.is_done;
+        }
+        if (!moved) {
+            fprintf(stderr, "cuda_on_cpu: a barrier that some threads of the block never reach\n");
+            abort();
+        }
+    }
+}
+
+// A warp's threads see each other's values.
+template <class T, class F> auto collective(const T & value, F && f) {
+    static_assert(sizeof(T) <= exchange, "a value of a warp exchange");
+    machine &    m    = the_machine();
+    warp_state & w    = m.warp();
+    const int    turn = m.self().turn ^= 1;
+    memcpy(w.slot[turn][m.current % warp_size], &value, sizeof value);
+    arrive(w.sync);
+    return f([&w, turn](int lane) {
+        T other;
+        memcpy(&other, w.slot[turn][lane], sizeof other);
+        return other;
+    });
+}
+
+template <class K, class... Args> void launch(K kernel, dim3 grid, int n_thread, size_t shared_bytes, Args... args) {
+    machine & m = the_machine();
+    if (n_thread % warp_size != 0 || n_thread > max_threads) {
+        fprintf(stderr, "cuda_on_cpu: a block of %d threads\n", n_thread);
+        abort();
+    }
+    m.kernel     = [=] { kernel(args...); };
+    m.grid_size  = grid;
+    m.block_size = dim3((unsigned) n_thread);
+    for (unsigned z = 0; z < grid.z; ++z) {
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned x = 0; x < grid.x; ++x) {
+                m.block_index = dim3(x, y, z);
+                m.shared.assign(shared_bytes + 16, 0xff); // shared memory holds anything at first: NaN, here
+                run_block(n_thread);
+            }
+        }
+    }
+    ++m.n_launch;
+}
+
+} // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::the_machine().self().index)
+#define blockIdx (cuda_on_cpu::the_machine().block_index)
+#define blockDim (cuda_on_cpu::the_machine().block_size)
+#define gridDim (cuda_on_cpu::the_machine().grid_size)
+
+inline void __syncthreads() {
+    cuda_on_cpu::arrive(cuda_on_cpu::the_machine().block_sync);
+}
+
+inline int __syncthreads_or(int vote) {
+    return cuda_on_cpu::arrive(cuda_on_cpu::the_machine().block_sync, vote != 0);
+}
+
+inline void __syncwarp() {
+    cuda_on_cpu::arrive(cuda_on_cpu::the_machine().warp().sync);
+}
+
+template <class T> T __shfl_xor_sync(unsigned, T value, int lane_mask) {
+    const int lane = cuda_on_cpu::the_machine().current % cuda_on_cpu::warp_size;
+    return cuda_on_cpu::collective(value, [=](auto of) { return of(lane ^ lane_mask); });
+}
+
+template <class T> T __shfl_sync(unsigned, T value, int source) {
+    return cuda_on_cpu::collective(value, [=](auto of) { return of(source % cuda_on_cpu::warp_size); });
+}
+
+// One thread runs at a time, so that every addition is atomic.
+template <class T> T atomicAdd(T * to, T value) {
+    const T before = *to;
+    *to += value;
+    return before;
+}
+
+namespace gear::cuda {
+
+inline unsigned char * shared_memory() {
+    auto & shared = cuda_on_cpu::the_machine().shared;
+    return (unsigned char *) (((uintptr_t) shared.data() + 15) / 16 * 16);
+}
+
+inline float from_half(uint16_t half) {
+    return half_to_float(half);
+}
+
+inline uint16_t to_half(float value) {
+    return float_to_half(value);
+}
+
+// To nearest, ties to even; numbers only.
+inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (uint16_t) ((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_bf16(uint16_t value) {
+    const uint32_t bits = (uint32_t) value << 16;
+    float          f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline uint32_t half_pair(float low, float high) {
+    return to_half(low) | (uint32_t) to_half(high) << 16;
+}
+
+inline uint32_t bf16_pair(float low, float high) {
+    return to_bf16(low) | (uint32_t) to_bf16(high) << 16;
+}
+
+inline uint32_t codes_to_bf16(uint32_t codes) {
+    return bf16_pair((float) (codes & 0x7f), (float) (codes >> 16 & 0x7f));
+}
+
+inline float exp2_fast(float x) {
+    return std::exp2(x);
+}
+
+// mma.sync.m16n8k16: who holds which entry is told in tile_device.h.
+template <class Value> void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
+    struct fragments {
+        uint32_t a[4], b[2];
+    };
+    const int lane = cuda_on_cpu::the_machine().current % cuda_on_cpu::warp_size;
+    cuda_on_cpu::collective(fragments{ { a[0], a[1], a[2], a[3] }, { b[0], b[1] } }, [&](auto of) {
+        const auto entry = [&](uint32_t pair, int high) { return value((uint16_t) (pair >> 16 * high)); };
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 16; ++k) {
+                const fragments of_a = of(row % 8 * 4 + k % 8 / 2), of_b = of(column * 4 + k % 8 / 2);
+                c[i] += entry(of_a.a[row / 8 + k / 8 * 2], k % 2) * entry(of_b.b[k / 8], k % 2);
+            }
+        }
+        return 0;
+    });
+}
+
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_16x8x16(c, a, b, from_bf16);
+}
+
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_16x8x16(c, a, b, from_half);
+}
+
+} // namespace gear::cuda

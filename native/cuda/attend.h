@@ -110,6 +110,7 @@ struct tile_ranges {
     uint8_t * zero;
     float *   lo;    // [n_set]
     float *   width; // [n_set] hi - lo
+    float *   mean;  // [d] M, with `center`
 };
 
 // Shared memory of a block of decode, in floats but for the last parts.
@@ -147,6 +148,7 @@ __host__ __device__ inline void lay_out(const attend_arguments & args, unsigned 
         r.zero                        = take(n);
         r.lo                          = floats(side.has_tiles ? part.n_set : 0);
         r.width                       = floats(side.has_tiles ? part.n_set : 0);
+        r.mean                        = floats(side.has_tiles && side.layout.config.center ? side.layout.d_head : 0);
     };
     s.q_stride   = padded_to(k.d_head, 32) + 16; // so that 4 threads on each of two neighbouring rows touch 32 banks
     s.p_stride   = T + 16;
@@ -175,11 +177,12 @@ __device__ inline void load_ranges(const tile_layout & layout, const uint8_t * t
         reinterpret_cast<uint32_t *>(r.scale)[i] = reinterpret_cast<const uint32_t *>(tile + part.scale)[i];
         reinterpret_cast<uint32_t *>(r.zero)[i]  = reinterpret_cast<const uint32_t *>(tile + part.zero)[i];
     });
+    for_each(layout.config.center ? layout.d_head : 0, [&](int c) { r.mean[c] = mean_at(layout, tile, c); });
     if (layout.config.scale_bits == 8) {
         for_each(part.n_set, [&](int set) {
             const float lo = from_half(half_at(tile + part.lo, set));
-            r.lo[set]      = lo;
             r.width[set]   = from_half(half_at(tile + part.hi, set)) - lo;
+            r.lo[set]      = layout.side == GEAR_SIDE_K ? lo + mean_at(layout, tile, set) : lo; // K: a set is a channel, and M part of its zero
         });
     }
 }
@@ -195,6 +198,9 @@ __device__ inline quad_ranges ranges_of(const tile_layout & layout, const tile_r
         for (int j = 0; j < 4; ++j) {
             values.scale.x[j] = from_half(half_at(r.scale, first + j));
             values.zero.x[j]  = from_half(half_at(r.zero, first + j));
+            if (layout.side == GEAR_SIDE_K && layout.config.center) {
+                values.zero.x[j] += r.mean[set + j];
+            }
         }
         return values;
     }
@@ -209,36 +215,47 @@ __device__ inline quad_ranges ranges_of(const tile_layout & layout, const tile_r
     return values;
 }
 
-// c[half] += codes . (x scale) for 32 lanes and 8 rows x, and the sum of x.zero for the thread's row (on all four of its threads).
+// Of the thread's row x (the same on all four threads that have the row): x.zero, and the sum of x.
+struct row_sums {
+    float zeros, all;
+};
+
+// c[half] += codes . (x scale) for 32 lanes and 8 rows x
 template <int bits>
-__device__ inline float multiply_lanes(const tile_layout & layout, const uint8_t * tile, const tile_ranges & r, int lane_block, const float * x,
-                                       int stride, float (&c)[2][4]) {
+__device__ inline row_sums multiply_lanes(const tile_layout & layout, const uint8_t * tile, const tile_ranges & r, int lane_block, const float * x,
+                                          int stride, float (&c)[2][4]) {
     const int  lane = (int) threadIdx.x % warp_threads, g = lane / 4, tig = lane % 4;
     const int  n_sub = subs_of(bits ? bits : layout.config.bits), n_quad = layout.part.n_depth / 4;
     const int  lane_group = 32 * lane_block / layout.group;
     const bool is_k       = layout.side == GEAR_SIDE_K;
-    float      zeros      = 0;
+    row_sums   sums       = { 0, 0 };
     for (int line = 0; line * n_sub < n_quad; line += 4) {
         lane_codes codes;
         load_codes<bits>(layout, tile, lane_block, line + tig, codes);
         GEAR_UNROLL
-        for (int sub = 0; sub < n_sub; ++sub) {
+        for (int sub = 0; sub < 4; ++sub) {
+            if (sub >= n_sub) {
+                continue;
+            }
             const int   quad = (line + tig) * n_sub + sub;
             quad_values xs   = {};
             if (quad < n_quad) {
                 const quad_values values = *reinterpret_cast<const quad_values *>(x + g * stride + 4 * quad);
                 const quad_ranges range  = ranges_of(layout, r, lane_group * layout.part.n_depth + 4 * quad, is_k ? 4 * quad : lane_group);
                 for (int j = 0; j < 4; ++j) {
-                    xs.x[j] = values.x[j] * range.scale.x[j];
-                    zeros   = fmaf(values.x[j], range.zero.x[j], zeros);
+                    xs.x[j]    = values.x[j] * range.scale.x[j];
+                    sums.zeros = fmaf(values.x[j], range.zero.x[j], sums.zeros);
+                    sums.all += values.x[j];
                 }
             }
             multiply_quad(codes, sub, xs, c);
         }
     }
-    zeros += __shfl_xor_sync(all_threads, zeros, 1);
-    zeros += __shfl_xor_sync(all_threads, zeros, 2);
-    return zeros;
+    for (int step = 1; step < 4; step *= 2) {
+        sums.zeros += __shfl_xor_sync(all_threads, sums.zeros, step);
+        sums.all += __shfl_xor_sync(all_threads, sums.all, step);
+    }
+    return sums;
 }
 
 // Of a value that each row's four threads hold: those of the two columns that the thread has in a result.
@@ -286,6 +303,7 @@ template <int bits_k, int bits_v> struct decoder {
             s.max[r] = -infinite;
             s.sum[r] = 0;
         });
+        GEAR_UNROLL
         for (int i = 0; i < 16; ++i) {
             out[i / 8][i / 4 % 2][i % 4] = 0;
         }
@@ -343,10 +361,9 @@ template <int bits_k, int bits_v> struct decoder {
     __device__ void score_packed(const uint8_t * tile) {
         const tile_layout & layout = args.k.layout;
         for (int lane_block = warp(); lane_block < T() / 32; lane_block += n_warp()) {
-            float       c[2][4] = {};
-            const float zeros   = multiply_lanes<bits_k>(layout, tile, s.ranges_k, lane_block, s.q, s.q_stride, c);
-            float       zero[2];
-            of_columns(zeros, zero);
+            float c[2][4] = {};
+            float zero[2];
+            of_columns(multiply_lanes<bits_k>(layout, tile, s.ranges_k, lane_block, s.q, s.q_stride, c).zeros, zero);
             for (int half = 0; half < 2; ++half) {
                 for (int i = 0; i < 4; ++i) {
                     const int token = 32 * lane_block + 16 * half + lane() / 4 * 2 + i / 2, r = lane() % 4 * 2 + i % 2;
@@ -474,8 +491,10 @@ template <int bits_k, int bits_v> struct decoder {
     }
 
     __device__ void shrink() {
+        GEAR_UNROLL
         for (int i = 0; i < 4; ++i) {
             const float factor = s.factor[lane() % 4 * 2 + i % 2];
+            GEAR_UNROLL
             for (int block = 0; block < 4; ++block) {
                 out[block / 2][block % 2][i] *= factor;
             }
@@ -526,15 +545,23 @@ template <int bits_k, int bits_v> struct decoder {
     // out += p.V over the packed tile
     __device__ void gather_packed(const uint8_t * tile) {
         const tile_layout & layout = args.v.layout;
+        GEAR_UNROLL
         for (int i = 0; i < 2; ++i) {
             const int lane_block = warp() + i * n_warp();
             if (32 * lane_block >= layout.part.n_lane) {
-                break;
+                continue;
             }
-            float zero[2];
-            of_columns(multiply_lanes<bits_v>(layout, tile, s.ranges_v, lane_block, s.p, s.p_stride, out[i]), zero);
+            const row_sums sums = multiply_lanes<bits_v>(layout, tile, s.ranges_v, lane_block, s.p, s.p_stride, out[i]);
+            float          zero[2], all[2];
+            of_columns(sums.zeros, zero);
+            of_columns(sums.all, all);
+            GEAR_UNROLL
             for (int j = 0; j < 8; ++j) {
+                const int c = 32 * lane_block + 16 * (j / 4) + lane() / 4 * 2 + j % 4 / 2;
                 out[i][j / 4][j % 4] += zero[j % 2];
+                if (layout.config.center && c < layout.d_head) {
+                    out[i][j / 4][j % 4] += all[j % 2] * s.ranges_v.mean[c];
+                }
             }
         }
         const int rank = layout.config.rank, n_outlier = layout.part.n_outlier;
@@ -577,7 +604,9 @@ template <int bits_k, int bits_v> struct decoder {
     // The range's max, sum and output.
     __device__ void finish() {
         const int d = args.v.layout.d_head;
+        GEAR_UNROLL
         for (int i = 0; i < 2; ++i) {
+            GEAR_UNROLL
             for (int j = 0; j < 8; ++j) {
                 const int c = 32 * (warp() + i * n_warp()) + 16 * (j / 4) + lane() / 4 * 2 + j % 4 / 2, r = lane() % 4 * 2 + j % 2;
                 if (c < d) {
@@ -744,6 +773,7 @@ template <int max_d> struct prefiller {
         load_queries();
         GEAR_UNROLL
         for (int i = 0; i < n_out; ++i) {
+            GEAR_UNROLL
             for (int j = 0; j < 4; ++j) {
                 out[i][j] = 0;
             }
@@ -833,7 +863,11 @@ template <int max_d> struct prefiller {
             const int  lane_block = token / 32 + i / n_step, line = i % n_step * 4 + tig();
             lane_codes codes;
             load_codes<0>(layout, tile, lane_block, line, codes);
-            for (int sub = 0; sub < n_sub && line * n_sub < n_quad; ++sub) {
+            GEAR_UNROLL
+            for (int sub = 0; sub < 4; ++sub) {
+                if (sub >= n_sub || line * n_sub >= n_quad) {
+                    continue;
+                }
                 const int c = 4 * (line * n_sub + sub);
                 for (int j = 0; j < 4; ++j) {
                     const range_device range = range_at(layout, tile, group_index(layout, 32 * lane_block, c + j));
@@ -841,7 +875,7 @@ template <int max_d> struct prefiller {
                         const int   t          = 32 * lane_block + 16 * (place / 2) + 2 * g() + place % 2;
                         const int   code       = codes.code[sub][place / 2][place % 2] >> 8 * j & 255;
                         const float D          = range.zero + range.scale * (float) code;
-                        k_at(t - token, c + j) = to_half(in_half_range(D + low_rank_at(layout, tile, t, c + j)));
+                        k_at(t - token, c + j) = to_half(in_half_range(D + low_rank_at(layout, tile, t, c + j) + mean_at(layout, tile, c + j)));
                     }
                 }
             }
@@ -856,7 +890,11 @@ template <int max_d> struct prefiller {
             const int  lane_block = i / n_step, line = i % n_step * 4 + tig();
             lane_codes codes;
             load_codes<0>(layout, tile, lane_block, first_line + line, codes);
-            for (int sub = 0; sub < n_sub && line < n_line; ++sub) {
+            GEAR_UNROLL
+            for (int sub = 0; sub < 4; ++sub) {
+                if (sub >= n_sub || line >= n_line) {
+                    continue;
+                }
                 for (int j = 0; j < 4; ++j) {
                     const int t = 4 * ((first_line + line) * n_sub + sub) + j;
                     for (int place = 0; place < 4; ++place) {
@@ -864,7 +902,7 @@ template <int max_d> struct prefiller {
                         if (c < layout.d_head) {
                             const range_device range = range_at(layout, tile, group_index(layout, t, c));
                             const float        D     = range.zero + range.scale * (float) (codes.code[sub][place / 2][place % 2] >> 8 * j & 255);
-                            v_at(t - token, c)       = to_half(in_half_range(D + low_rank_at(layout, tile, t, c)));
+                            v_at(t - token, c)       = to_half(in_half_range(D + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c)));
                         }
                     }
                 }
@@ -928,6 +966,7 @@ template <int max_d> struct prefiller {
                 mma_f16(score[n], a, b);
             }
         }
+        GEAR_UNROLL
         for (int half = 0; half < 2; ++half) { // rows g and g + 8
             const int        r     = 16 * warp() + g() + 8 * half;
             const row_at     at    = row_of(args, head, first_row + least(r, n_rows - 1));
@@ -936,6 +975,7 @@ template <int max_d> struct prefiller {
             float            high  = -infinite;
             GEAR_UNROLL
             for (int n = 0; n < n_column; ++n) {
+                GEAR_UNROLL
                 for (int i = 0; i < 2; ++i) {
                     const int cell = 8 * n + 2 * tig() + i;
                     float &   x    = score[n][2 * half + i];
@@ -952,6 +992,7 @@ template <int max_d> struct prefiller {
             float       part   = 0;
             GEAR_UNROLL
             for (int n = 0; n < n_column; ++n) {
+                GEAR_UNROLL
                 for (int i = 0; i < 2; ++i) {
                     float & x = score[n][2 * half + i];
                     x         = empty ? 0.0f : exp_fast(x - top);
@@ -971,6 +1012,7 @@ template <int max_d> struct prefiller {
         GEAR_UNROLL
         for (int step = 0; step < sizes::strip / 16; ++step) {
             uint32_t a[4]; // a result's entries lie where the next product wants them
+            GEAR_UNROLL
             for (int i = 0; i < 4; ++i) {
                 a[i] = half_pair(score[2 * step + i / 2][i % 2 * 2], score[2 * step + i / 2][i % 2 * 2 + 1]);
             }
@@ -987,6 +1029,7 @@ template <int max_d> struct prefiller {
 
     __device__ void write() {
         const int d = args.v.layout.d_head;
+        GEAR_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int r = 16 * warp() + g() + 8 * half;
             if (r >= n_rows) {

@@ -40,12 +40,13 @@ struct pack_shared {
     float * sum;    // [2 + warps]
     float * lowest; // [n_set] of the set
     float * highest;
+    float * mean;   // [d]
     float * old_lo; // [n_set] of the tile as it was packed before
     float * old_hi;
 };
 
 __host__ __device__ inline int64_t pack_shared_floats(const tile_layout & layout) {
-    return layout.config.rank * (layout.n_token + layout.d_head) + 64 + 4 * layout.part.n_set;
+    return layout.config.rank * (layout.n_token + layout.d_head) + 64 + 4 * layout.part.n_set + layout.d_head;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -210,6 +211,7 @@ __device__ inline void lay_out(const tile_layout & layout, pack_shared & s) {
     s.highest = s.lowest + layout.part.n_set;
     s.old_lo  = s.highest + layout.part.n_set;
     s.old_hi  = s.old_lo + layout.part.n_set;
+    s.mean    = s.old_hi + layout.part.n_set;
 }
 
 // One packer is one block at work on one tile of one head.
@@ -229,6 +231,7 @@ struct packer {
     __device__ void pack() {
         const bool has_kept = load();
         const bool is_held  = has_kept && layout.config.rank == 0;
+        for_each(has_kept && layout.config.center ? d() : 0, [&](int c) { s.mean[c] = mean_at(layout, tile, c); });
         if (is_held) {
             for_each(layout.part.n_set, [&](int set) {
                 s.old_lo[set] = layout.config.scale_bits == 8 ? from_half(half_at(tile + layout.part.lo, set)) : 0.0f;
@@ -236,14 +239,21 @@ struct packer {
             });
             hold_ranges();
         }
+        __syncthreads(); // all is read that the tile said before
         for_each((int) (layout.part.bytes / 4), [&](int i) { reinterpret_cast<uint32_t *>(tile)[i] = 0; });
         __syncthreads();
+        if (layout.config.center) {
+            take_mean(has_kept);
+        }
         if (layout.part.n_outlier > 0) {
             filter_outliers();
         }
         quantize(w.X, is_held);
         if (layout.config.rank > 0) {
             add_low_rank();
+        }
+        if (layout.config.center && !has_kept) {
+            add_to_mean();
         }
     }
 
@@ -312,6 +322,54 @@ struct packer {
             if (source[i / d()] >= 0) {
                 w.X[i] = sanitized(w.X[i] * norm);
             }
+        });
+        __syncthreads();
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------------------------------
+    // M: a thread sums up a channel, token by token, as the codec does
+    // -----------------------------------------------------------------------------------------------------------------------------------------
+
+    // Mean of x(t) over the rows that are not absent.
+    template <class F> __device__ float mean_of_rows(F x) const {
+        float sum = 0;
+        int   n   = 0;
+        for (int t = 0; t < T(); ++t) {
+            if (source[t] != place_absent) {
+                sum += x(t);
+                ++n;
+            }
+        }
+        return n > 0 ? sum / (float) n : sum;
+    }
+
+    __device__ void store_mean(int c, float mean) {
+        const uint16_t half                                      = to_half(in_half_range(mean));
+        reinterpret_cast<uint16_t *>(tile + layout.part.mean)[c] = half;
+        s.mean[c]                                                = from_half(half);
+    }
+
+    // X becomes X - M. As long as a tile keeps a row it keeps its means, and kept rows come without them.
+    __device__ void take_mean(bool has_kept) {
+        for_each(d(), [&](int c) {
+            store_mean(c, has_kept ? s.mean[c] : mean_of_rows([&](int t) { return w.X[t * d() + c]; }));
+            for (int t = 0; t < T(); ++t) {
+                if (source[t] != place_packed) {
+                    w.X[t * d() + c] = in_half_range(w.X[t * d() + c] - s.mean[c]);
+                }
+            }
+        });
+        __syncthreads();
+    }
+
+    // What is left of X - M on average when D and L are taken away goes to M, too.
+    __device__ void add_to_mean() {
+        __syncthreads();
+        for_each(d(), [&](int c) {
+            store_mean(c, s.mean[c] + mean_of_rows([&](int t) {
+                              const float coded = quantized_at(layout, tile, t, c);
+                              return w.X[t * d() + c] - (layout.config.rank > 0 ? coded + low_rank_at(layout, tile, t, c) : coded);
+                          }));
         });
         __syncthreads();
     }

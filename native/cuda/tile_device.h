@@ -134,6 +134,11 @@ __device__ inline float low_rank_at(const tile_layout & layout, const uint8_t * 
     return sum;
 }
 
+// M
+__device__ inline float mean_at(const tile_layout & layout, const uint8_t * tile, int channel) {
+    return layout.config.center ? from_half(half_at(tile + layout.part.mean, channel)) : 0.0f;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Fragments
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -152,13 +157,17 @@ struct lane_codes {
 template <int width> __device__ inline void add_plane(const uint8_t * line, int n_sub, int position, lane_codes & codes) {
     constexpr int      per_line = 4 / width;
     constexpr uint32_t field    = ((1u << width) - 1) * 0x01010101u;
+    GEAR_UNROLL
     for (int i = 0; i < 4 / per_line; ++i) {
         if (i * per_line >= n_sub) {
-            break;
+            continue;
         }
         const word_pair words = *reinterpret_cast<const word_pair *>(line + 64 * i);
+        GEAR_UNROLL
         for (int sub = 0; sub < per_line; ++sub) {
+            GEAR_UNROLL
             for (int half = 0; half < 2; ++half) {
+                GEAR_UNROLL
                 for (int row = 0; row < 2; ++row) {
                     codes.code[i * per_line + sub][half][row] |= (words.word[row] >> width * (2 * sub + half) & field) << position;
                 }
@@ -172,7 +181,9 @@ template <int known_bits>
 __device__ inline void load_codes(const tile_layout & layout, const uint8_t * tile, int lane_block, int first, lane_codes & codes) {
     const int bits = known_bits ? known_bits : layout.config.bits, n_sub = subs_of(bits);
     const int lane = (int) threadIdx.x % warp_threads, g = lane / 4, n_quad = layout.part.n_depth / 4;
+    GEAR_UNROLL
     for (int sub = 0; sub < 4; ++sub) {
+        GEAR_UNROLL
         for (int i = 0; i < 4; ++i) {
             codes.code[sub][i / 2][i % 2] = 0;
         }
@@ -199,11 +210,14 @@ __device__ inline void load_codes(const tile_layout & layout, const uint8_t * ti
 __device__ inline void multiply_quad(const lane_codes & codes, int sub, const quad_values & x, float (&c)[2][4]) {
     const uint32_t high[2] = { bf16_pair(x.x[0], x.x[2]), bf16_pair(x.x[1], x.x[3]) };
     uint32_t       low[2];
+    GEAR_UNROLL
     for (int i = 0; i < 2; ++i) {
         low[i] = bf16_pair(x.x[i] - from_bf16((uint16_t) high[i]), x.x[i + 2] - from_bf16((uint16_t) (high[i] >> 16)));
     }
+    GEAR_UNROLL
     for (int half = 0; half < 2; ++half) {
         uint32_t a[4];
+        GEAR_UNROLL
         for (int row = 0; row < 2; ++row) {
             const uint32_t four = codes.code[sub][half][row];
             a[row]              = codes_to_bf16(four & 0x007f007fu);

@@ -96,8 +96,8 @@ template <class T> class array {
 
 inline gear_config config_of(int bits_k, int bits_v, int tile = 128) {
     gear_config config = {};
-    config.k           = { bits_k, 32, 8, 0, 8, 1, 0, 0.0f, 1.0f };
-    config.v           = { bits_v, 0, 8, 0, 8, 1, 0, 0.0f, 1.0f };
+    config.k           = { bits_k, 32, 8, 0, 8, 1, 0, 0, 0.0f, 1.0f };
+    config.v           = { bits_v, 0, 8, 0, 8, 1, 0, 0, 0.0f, 1.0f };
     config.tile        = tile;
     config.seed        = 1;
     return config;
@@ -114,14 +114,15 @@ inline gear_side_config random_side(int tile, bool is_k, bool with_rank) {
     side.rounds           = one_of({ 1, 2 });
     side.rotate           = whole(0, 1);
     side.sparsity         = one_of({ 0.0f, 0.0f, 0.02f });
+    side.center           = side.sparsity == 0 ? whole(0, 1) : 0;
     side.clip             = one_of({ 1.0f, 0.9f });
     return side;
 }
 
 inline std::string text_of(const gear_side_config & c, int tile, int d) {
     char text[200];
-    snprintf(text, sizeof text, "T %d, d %d, bits %d, group %d, scales %d, rank %d in %d bits, rounds %d, rotate %d, sparsity %g, clip %g", tile, d,
-             c.bits, c.group, c.scale_bits, c.rank, c.factor_bits, c.rounds, c.rotate, c.sparsity, c.clip);
+    snprintf(text, sizeof text, "T %d, d %d, bits %d, group %d, scales %d, rank %d in %d bits, rounds %d, rotate %d, center %d, sparsity %g, clip %g",
+             tile, d, c.bits, c.group, c.scale_bits, c.rank, c.factor_bits, c.rounds, c.rotate, c.center, c.sparsity, c.clip);
     return text;
 }
 
@@ -587,6 +588,13 @@ inline void test_attention(const device & on, int n_random) {
                     r.mask_n_stream = 2;
                 }));
         }
+        gear_config preset = config_of(4, 4, 256); // as the presets are
+        preset.k.rotate = preset.v.rotate = preset.v.center = 1;
+        run("preset", preset, {}, with([=](request & r) { r.n_query = n_query; }));
+        preset.k.center = 1;
+        run("K with its mean", preset, {}, with([=](request & r) { r.n_query = n_query; }));
+        preset.k.scale_bits = 16;
+        run("K with its mean, scales in f16", preset, {}, with([=](request & r) { r.n_query = n_query; }));
         run("K kept as f16", config_of(16, 4), {}, with([=](request & r) { r.n_query = n_query; }));
         run("V kept as f16", config_of(4, 16), {}, with([=](request & r) { r.n_query = n_query; }));
         run("both kept as f16", config_of(16, 16), {}, with([=](request & r) { r.n_query = n_query; }));

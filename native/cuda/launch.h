@@ -34,7 +34,7 @@ inline int start_pack(const pack_arguments * args, int n_block, stream s) {
 }
 
 inline int start_unpack(const unpack_arguments * args, stream s) {
-    return args->n > 0 ? start(unpack_kernel, dim3((unsigned) args->n, (unsigned) args->side.n_head), row_threads,
+    return args->n > 0 ? start(unpack_kernel, dim3((unsigned) args->n, (unsigned) args->side.n_head), unpack_threads,
                                (size_t) args->side.layout.d_head * sizeof(float), s, *args)
                        : 0;
 }

@@ -739,7 +739,8 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const __grid_constan
 // Rows
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-constexpr int row_threads = 256;
+constexpr int row_threads    = 256;
+constexpr int unpack_threads = 64;
 
 __global__ void __launch_bounds__(row_threads) write_rows_kernel(const __grid_constant__ write_arguments args) {
     const int          row  = (int) blockIdx.x;
@@ -764,7 +765,7 @@ __global__ void __launch_bounds__(row_threads) set_places_kernel(const __grid_co
 __device__ inline float reconstructed_at(const tile_layout & layout, const uint8_t * tile, int t, int c) {
     const gear_tile_layout & part   = layout.part;
     const int                vector = layout.side == GEAR_SIDE_K ? c : t, entry = layout.side == GEAR_SIDE_K ? t : c;
-    float                    value = quantized_at(layout, tile, t, c) + low_rank_at(layout, tile, t, c);
+    float                    value = quantized_at(layout, tile, t, c) + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c);
     for (int i = 0; i < part.n_outlier; ++i) {
         const int place = vector * part.n_outlier + i;
         value           = tile[part.outlier_index + place] == entry ? from_half(half_at(tile + part.outlier_value, place)) : value;
@@ -773,7 +774,7 @@ __device__ inline float reconstructed_at(const tile_layout & layout, const uint8
 }
 
 // One cell of one head a block: rows as f16, cells never written as zeros.
-__global__ void __launch_bounds__(row_threads) unpack_kernel(const __grid_constant__ unpack_arguments args) {
+__global__ void __launch_bounds__(unpack_threads) unpack_kernel(const __grid_constant__ unpack_arguments args) {
     const device_side & side   = args.side;
     const tile_layout & layout = side.layout;
     const int           head = (int) blockIdx.y, cell = args.first + (int) blockIdx.x, d = layout.d_head;

@@ -5,8 +5,9 @@
 #include "attention/attention.h"
 #include "check.h"
 #include "codec/codec.h"
+#include "common/error.h"
 #include "common/half.h"
-#include "cuda/api.h"
+#include "cuda/cuda_cache.h"
 #include "store/gear_codec.h"
 #include "store/store.h"
 
@@ -630,6 +631,135 @@ inline void test_attention(const device & on, int n_random) {
             r, whole(0, r.written), r.written);
     }
     printf("worst relative error: decode %.3g, prefill %.3g\n", worst_error[0], worst_error[1]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// The cache
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+// A store on the CPU and a cache in device memory that are told the same; every row must come out the same.
+struct twins {
+    const device &                         on;
+    cuda::cuda_worker                      worker;
+    std::shared_ptr<const gear_tile_codec> codec;
+    store_shape                            shape;
+    store                                  here;
+    std::shared_ptr<cuda::cache_table>     table;
+    cuda::cache_side                       there, second; // another layer of the same table
+    int64_t                                step = 0;
+
+    twins(const device & on, const gear_config & config, gear_side side, const store_shape & shape)
+        : on(on), worker(on.api, 0), codec(std::make_shared<gear_tile_codec>(config, side, shape.d_head)), shape(shape), here(shape, codec),
+          table(std::make_shared<cuda::cache_table>(on.api, shape, true)), there(on.api, shape, &codec->layout(), config.seed, table),
+          second(on.api, shape, &codec->layout(), config.seed, table) {}
+
+    void write(const std::vector<int64_t> & cells, bool is_half) {
+        const size_t       n_embd = shape.n_embd();
+        std::vector<float> rows(cells.size() * n_embd);
+        std::generate(rows.begin(), rows.end(), [] { return normal(); });
+        std::vector<uint16_t> halves(rows.size());
+        std::transform(rows.begin(), rows.end(), halves.begin(), float_to_half);
+        const cell_source where = { cells.data(), sizeof(int64_t), true };
+        const void *      data  = is_half ? (const void *) halves.data() : rows.data();
+        const size_t      size  = is_half ? 2 : 4;
+        barrier           sync;
+        CHECK(here.write({ 0, 1, &sync }, (int64_t) cells.size(), where, { data, n_embd * size, is_half }));
+
+        array<uint8_t> uploaded(on, std::vector<uint8_t>((const uint8_t *) data, (const uint8_t *) data + rows.size() * size));
+        ++step;
+        for (cuda::cache_side * side : { &there, &second }) {
+            table->plan(worker, step, (int64_t) cells.size(), where);
+            side->write(worker, (int64_t) cells.size(), uploaded.data, (int64_t) (n_embd * size), is_half);
+        }
+        on.check_ok(on.api.wait_stream(worker.work), "wait_stream");
+    }
+
+    void compare(const char * what) {
+        const int64_t         n = shape.n_cell * shape.n_stream;
+        std::vector<uint16_t> wanted((size_t) (n * shape.n_embd()), 1), got(wanted.size(), 2), again(wanted.size(), 3);
+        here.read(0, n, wanted.data());
+        there.read(worker, 0, n, got.data());
+        second.read(worker, 0, n, again.data());
+        const bool ok = wanted == got && got == again;
+        if (!ok) {
+            const size_t i    = (size_t) (std::mismatch(wanted.begin(), wanted.end(), got.begin()).first - wanted.begin());
+            const size_t from = i < wanted.size() ? i : (size_t) (std::mismatch(got.begin(), got.end(), again.begin()).first - got.begin());
+            printf("after %s, step %d: channel %d of cell %d of %d is %04x, not %04x (another layer: %04x)\n", what, (int) step,
+                   (int) (from % shape.n_embd()), (int) (from / shape.n_embd()), (int) n, got[from], wanted[from], again[from]);
+        }
+        CHECK(ok);
+        const gear_store_stats a = here.stats(), b = there.stats();
+        CHECK(a.n_exact == b.n_exact && a.n_packed == b.n_packed && a.n_pack == b.n_pack && a.bytes_tiles_used == b.bytes_tiles_used &&
+              a.bytes_tiles == b.bytes_tiles);
+    }
+};
+
+inline void test_cache(const device & on, int n_round, int n_step) {
+    gear_simd_select("scalar");
+    for (int round = 0; round < n_round; ++round) {
+        const gear_side side   = round % 2 ? GEAR_SIDE_V : GEAR_SIDE_K;
+        gear_config     config = config_of(4, 4, 64);
+        config.k.rotate = config.v.rotate = whole(0, 1);
+        config.v.center                   = 1;
+        store_shape shape                 = { 3, side, 2, 32, 64 * whole(4, 7) + whole(0, 20), whole(1, 2), 64, whole(0, 70), whole(0, 5), 40 };
+        twins       t(on, config, side, shape);
+        int64_t     next = 0;
+        for (int step = 0; step < n_step; ++step) {
+            const int            kind = whole(0, 19);
+            std::vector<int64_t> cells;
+            const char *         what = "a write";
+            if (kind < 14) { // a step of a prompt, or a token
+                const int     n      = kind < 7 ? 1 : kind == 13 ? whole(41, 90) : whole(2, 40);
+                const int64_t stream = whole(0, shape.n_stream - 1);
+                for (int i = 0; i < n; ++i) {
+                    cells.push_back(stream * shape.n_cell + next++ % shape.n_cell);
+                }
+                t.write(cells, step % 3 == 0);
+            } else if (kind < 16) { // anywhere, some twice
+                for (int i = whole(1, 30); i > 0; --i) {
+                    cells.push_back(whole(0, (int) (shape.n_cell * shape.n_stream) - 1));
+                }
+                t.write(cells, false);
+            } else if (kind == 16) {
+                what = "a flush";
+                barrier sync;
+                CHECK(t.here.flush({ 0, 1, &sync }));
+                t.table->plan_flush(t.worker);
+                t.there.pack(t.worker);
+                t.second.pack(t.worker);
+            } else if (kind == 17) {
+                what               = "erasing";
+                const int64_t cell = whole(0, (int) shape.n_cell - 50), n = whole(1, 50);
+                t.here.erase(cell, n);
+                t.table->plan_erase(t.worker, cell, n);
+            } else if (kind == 18 && shape.n_stream > 1) {
+                what = "copying a stream";
+                t.here.copy_stream(0, t.here, 1);
+                t.table->plan_copy(t.worker, 0, 1);
+                t.there.copy_stream(t.worker, 0, 1);
+                t.second.copy_stream(t.worker, 0, 1);
+            } else if (kind == 19 && whole(0, 3) == 0) {
+                what = "clearing";
+                t.here.clear();
+                t.table->clear(t.worker);
+            }
+            if (step % 8 == 7 || kind >= 16) {
+                t.compare(what);
+            }
+        }
+        t.compare("all");
+        bool              refused = false;
+        const int64_t     beyond  = shape.n_cell * shape.n_stream;
+        const cell_source where   = { &beyond, sizeof beyond, true };
+        try {
+            t.table->plan(t.worker, ++t.step, 1, where);
+        } catch (const gear::error &) {
+            refused = true;
+        }
+        CHECK(refused);
+        t.compare("a refused write");
+    }
+    gear_simd_select(nullptr);
 }
 
 } // namespace cuda_test

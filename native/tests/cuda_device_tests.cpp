@@ -33,5 +33,6 @@ int main(int argc, char ** argv) {
     printf("%s, sm_%d%d, %d multiprocessors\n", on.facts.name, on.facts.major, on.facts.minor, on.facts.n_processor);
     cuda_test::test_pack(on, is_quick ? 16 : 400);
     cuda_test::test_attention(on, is_quick ? 8 : 200);
+    cuda_test::test_cache(on, is_quick ? 2 : 40, 60);
     return check::finish();
 }

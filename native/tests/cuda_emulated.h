@@ -39,7 +39,9 @@ inline int release(void * memory) {
 }
 
 inline int copy(void * to, const void * from, size_t bytes, stream) {
-    memmove(to, from, bytes);
+    if (bytes > 0) {
+        memmove(to, from, bytes);
+    }
     return 0;
 }
 

@@ -5,6 +5,8 @@
 // that a barrier that is missing shows. A barrier that some threads never reach is reported instead of waited for.
 #pragma once
 
+#undef _FORTIFY_SOURCE // it takes a jump from one fiber's stack to another's for a defect
+
 #include "common/half.h"
 
 #include <algorithm>
@@ -21,6 +23,8 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #    include <sanitizer/common_interface_defs.h>
+#else
+#    include <csetjmp> // swapcontext asks the kernel for the signal mask at every switch; _longjmp does not
 #endif
 
 #define GEAR_CUDA_ON_CPU
@@ -67,6 +71,9 @@ struct fiber {
     int                     turn = 0; // of the warp's slots
 #if defined(__SANITIZE_ADDRESS__)
     void * fake_stack = nullptr;
+#else
+    jmp_buf place;
+    bool    has_started = false;
 #endif
 };
 
@@ -84,6 +91,8 @@ struct machine {
     void *       scheduler_fake  = nullptr;
     const void * scheduler_stack = nullptr;
     size_t       scheduler_size  = 0;
+#else
+    jmp_buf scheduler_place;
 #endif
 
     fiber &      self() { return fibers[current]; }
@@ -95,17 +104,17 @@ inline machine & the_machine() {
     return m;
 }
 
-inline void to_scheduler(bool is_last) {
+inline void to_scheduler() {
     machine & m = the_machine();
     fiber &   f = m.self();
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(is_last ? nullptr : &f.fake_stack, m.scheduler_stack, m.scheduler_size);
-#else
-    (void) is_last;
-#endif
+    __sanitizer_start_switch_fiber(&f.fake_stack, m.scheduler_stack, m.scheduler_size);
     swapcontext(&f.context, &m.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
+#else
+    if (_setjmp(f.place) == 0) {
+        _longjmp(m.scheduler_place, 1);
+    }
 #endif
 }
 
@@ -114,20 +123,30 @@ inline void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_size);
 #endif
-    m.kernel();
-    m.self().is_done = true;
-    to_scheduler(true);
+    for (;;) { // a fiber serves block after block: making one costs more than most kernels
+        m.kernel();
+        m.self().is_done = true;
+        to_scheduler();
+    }
 }
 
 inline void resume(int thread) {
     machine & m = the_machine();
+    fiber &   f = m.fibers[thread];
     m.current   = thread;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&m.scheduler_fake, m.fibers[thread].stack.get(), stack_bytes);
-#endif
-    swapcontext(&m.scheduler, &m.fibers[thread].context);
-#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack.get(), stack_bytes);
+    swapcontext(&m.scheduler, &f.context);
     __sanitizer_finish_switch_fiber(m.scheduler_fake, nullptr, nullptr);
+#else
+    if (_setjmp(m.scheduler_place) != 0) {
+        return;
+    }
+    if (f.has_started) {
+        _longjmp(f.place, 1);
+    }
+    f.has_started = true;
+    setcontext(&f.context);
 #endif
 }
 
@@ -143,7 +162,7 @@ inline int arrive(gate & g, int vote = 0) {
         fiber & f    = the_machine().self();
         f.waits_for  = &g;
         f.generation = generation;
-        to_scheduler(false);
+        to_scheduler();
     }
     return g.vote[generation & 1];
 }
@@ -156,19 +175,19 @@ inline void run_block(int n_thread) {
     machine & m  = the_machine();
     m.block_sync = {};
     for (int i = 0; i < n_thread; ++i) {
-        fiber & f = m.fibers[i];
-        if (!f.stack) {
-            f.stack.reset(new char[stack_bytes]);
-        }
+        fiber & f   = m.fibers[i];
         f.waits_for = nullptr;
         f.is_done   = false;
         f.turn      = 0;
         f.index     = dim3((unsigned) i, 0, 0);
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp   = f.stack.get();
-        f.context.uc_stack.ss_size = stack_bytes;
-        f.context.uc_link          = nullptr;
-        makecontext(&f.context, fiber_main, 0);
+        if (!f.stack) {
+            f.stack.reset(new char[stack_bytes]);
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp   = f.stack.get();
+            f.context.uc_stack.ss_size = stack_bytes;
+            f.context.uc_link          = nullptr;
+            makecontext(&f.context, fiber_main, 0);
+        }
     }
     m.block_sync.n_member = n_thread;
     for (int i = 0; i < n_thread / warp_size; ++i) {

@@ -7,5 +7,6 @@ int main() {
     const cuda_test::device on(gear::cuda::emulated::table);
     cuda_test::test_pack(on, 32);
     cuda_test::test_attention(on, 24);
+    cuda_test::test_cache(on, 4, 40);
     return check::finish();
 }

@@ -1,0 +1,148 @@
+// cuda_cache.h - a cache in device memory, driven from the host: the table of places that layers of one shape share (cache_table), and the tiles and rows
+// of one side of one layer (cache_side). Everything is put onto a stream and returns at once; the host waits only where it says so.
+//
+// What a write decides is known on the host alone (ledger.h): it needs the cells of the rows, which llama.cpp has on the host, and nothing that the device
+// has computed. It travels in one upload a step, from pinned memory, for all layers.
+#pragma once
+
+#include "codec/codec.h"
+#include "cuda/api.h"
+#include "cuda/ledger.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace gear::cuda {
+
+// Throws gear::error with CUDA's own words.
+void require_ok(const api & with, int error, const char * what);
+
+// Device memory.
+class device_block {
+  public:
+    device_block(const api & with, size_t bytes);
+    ~device_block();
+    device_block(const device_block &)             = delete;
+    device_block & operator=(const device_block &) = delete;
+
+    uint8_t * data() const { return data_; }
+    size_t    size() const { return size_; }
+
+  private:
+    const api & with_;
+    uint8_t *   data_ = nullptr;
+    size_t      size_;
+};
+
+// The device and the stream that a context works on, and scratch that its layers share.
+class cuda_worker {
+  public:
+    cuda_worker(const api & with, int device);
+    ~cuda_worker();
+    cuda_worker(const cuda_worker &)             = delete;
+    cuda_worker & operator=(const cuda_worker &) = delete;
+
+    // Scratch that grows; growing waits for the stream.
+    uint8_t * pack_scratch(const tile_layout & layout);
+    uint8_t * partials(size_t bytes);
+    size_t    scratch_bytes() const;
+    void      select() const { require_ok(with, with.select_device(device), "choosing the device"); }
+
+    const api &  with;
+    const int    device;
+    device_facts facts;
+    stream       work      = nullptr;
+    int          n_block   = 0;     // of pack
+    bool         is_broken = false; // a step failed half-way: layers may not hold what their tables say
+
+  private:
+    uint8_t *                     grown(std::unique_ptr<device_block> & block, size_t bytes);
+    std::unique_ptr<device_block> pack_, partial_;
+};
+
+// The book of one side of all layers of one shape, and its table of places in device memory.
+class cache_table {
+  public:
+    cache_table(const api & with, const store_shape & like, bool has_tiles);
+    ~cache_table();
+    cache_table(const cache_table &)             = delete;
+    cache_table & operator=(const cache_table &) = delete;
+
+    // Plan a write and send the plan on its way. Layers that write the same cells in the same step plan once: `step` is the step's number, from 1 on.
+    void plan(cuda_worker & worker, int64_t step, int64_t n, const cell_source & cells);
+    void plan_flush(cuda_worker & worker);
+    void plan_erase(cuda_worker & worker, int64_t cell, int64_t n);
+    void plan_copy(cuda_worker & worker, int from, int to);
+    void clear(cuda_worker & worker);
+
+    // Of the last plan, in device memory; until the next one.
+    const pack_job * jobs() const { return jobs_; }
+    int              n_job() const { return (int) step_.jobs.size(); }
+    const int32_t *  source() const { return source_; }
+    const int32_t *  slot() const { return slot_; }
+    const int32_t *  place() const { return reinterpret_cast<const int32_t *>(place_.data()); }
+
+    const ledger & book() const { return book_; }
+    size_t         bytes() const;
+
+  private:
+    struct slice { // what one plan takes with it; used by turns
+        void *                        host  = nullptr;
+        size_t                        bytes = 0;
+        std::unique_ptr<device_block> device;
+        event                         sent     = nullptr;
+        bool                          is_under = false; // `sent` was recorded
+    };
+    void send(cuda_worker & worker);
+
+    static constexpr int n_slice = 8;
+    const api &          with_;
+    ledger               book_;
+    ledger_step          step_;
+    device_block         place_;
+    slice                slices_[n_slice];
+    int                  turn_      = 0;
+    int64_t              last_step_ = 0;
+    const pack_job *     jobs_      = nullptr;
+    const int32_t *      source_    = nullptr;
+    const int32_t *      slot_      = nullptr;
+};
+
+// One side of one layer.
+class cache_side {
+  public:
+    // layout: of the tiles; nullptr: the side is kept as f16.
+    cache_side(const api & with, const store_shape & shape, const tile_layout * layout, uint32_t seed, std::shared_ptr<cache_table> table);
+
+    // Pack what the table's last plan says, then take the rows (in device memory).
+    void write(cuda_worker & worker, int64_t n, const void * rows, int64_t stride, bool is_half);
+    void pack(cuda_worker & worker);
+    void copy_stream(cuda_worker & worker, int from, int to); // tiles and rows; the table has planned it
+    // Rows as f16 to the host, which waits.
+    void read(cuda_worker & worker, int64_t cell, int64_t n, uint16_t * rows);
+
+    device_side         on_device() const;
+    const store_shape & shape() const { return shape_; }
+    cache_table &       table() const { return *table_; }
+    gear_store_stats    stats() const;
+    static size_t       bytes(const store_shape & shape, const tile_layout * layout, int64_t n_row);
+
+  private:
+    void grow(cuda_worker & worker);
+
+    const api &                   with_;
+    store_shape                   shape_;
+    tile_layout                   layout_;
+    bool                          has_tiles_;
+    uint32_t                      seed_;
+    std::shared_ptr<cache_table>  table_;
+    std::unique_ptr<device_block> tiles_, pool_;
+    int64_t                       n_row_;
+    int64_t                       n_pack_ = 0;
+};
+
+// Attention of K and V of one layer; all pointers of params are the device's.
+void attend(cuda_worker & worker, const gear_attention_params & params, const cache_side & k, const cache_side & v);
+
+} // namespace gear::cuda

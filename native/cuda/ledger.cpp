@@ -1,0 +1,223 @@
+#include "cuda/ledger.h"
+
+#include "common/error.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace gear::cuda {
+
+namespace {
+
+int64_t cell_at(const cell_source & cells, int64_t i) {
+    const char * data = static_cast<const char *>(cells.data) + i * cells.stride;
+    if (cells.is_wide) {
+        int64_t cell;
+        memcpy(&cell, data, sizeof cell);
+        return cell;
+    }
+    int32_t cell;
+    memcpy(&cell, data, sizeof cell);
+    return cell;
+}
+
+} // namespace
+
+// The book's codec. While it is asked, the tables are still as they were before the write.
+class ledger::scribe final : public tile_codec {
+  public:
+    size_t tile_bytes() const override { return tile_align; }
+    size_t scratch_bytes() const override { return 0; }
+    void   unpack(const uint8_t *, float * x, void *) const override { std::fill_n(x, n_token, 0.0f); }
+
+    bool pack(int head, int64_t first_cell, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const override {
+        return repack(head, first_cell, x, written, nullptr, nullptr, tile, scratch);
+    }
+
+    bool repack(int, int64_t first_cell, const float *, const uint8_t * written, const uint8_t * kept, const uint8_t *, uint8_t *, void *) const override {
+        const int64_t   n_cell = book->shape().n_cell, local = first_cell % n_cell;
+        const int       stream = (int) (first_cell / n_cell), index = (int) (local / n_token);
+        const tile_view view = book->view(stream, index);
+        step->jobs.push_back({ stream, index });
+        for (int t = 0; t < n_token; ++t) {
+            step->source.push_back(!written[t] ? place_absent : kept && kept[t] ? place_packed : view.slot[t]);
+        }
+        return true;
+    }
+
+    const store * book    = nullptr;
+    ledger_step * step    = nullptr;
+    int           n_token = 0;
+};
+
+ledger::ledger(const store_shape & like, bool has_tiles) {
+    store_shape shape = like;
+    shape.n_head = shape.d_head = 1;
+    if (has_tiles) {
+        scribe_ = std::make_shared<scribe>();
+    }
+    book_ = std::make_unique<store>(shape, scribe_);
+    if (has_tiles) {
+        scribe_->book    = book_.get();
+        scribe_->n_token = shape.tile;
+    }
+    const size_t n_tile = (size_t) shape.n_stream * book_->n_tile();
+    places_.assign((size_t) (shape.n_stream * shape.n_cell), place_absent);
+    n_exact_.assign(shape.n_stream, 0);
+    n_exact_of_.assign(n_tile, 0);
+    n_packed_of_.assign(n_tile, 0);
+    is_touched_.assign(n_tile, 0);
+    count_rows();
+}
+
+ledger::~ledger() = default;
+
+const store_shape & ledger::shape() const {
+    return book_->shape();
+}
+
+int ledger::n_tile() const {
+    return book_->n_tile();
+}
+
+// The store does not say how many rows its pool has, but what they take.
+void ledger::count_rows() {
+    n_row_ = book_->stats().bytes_exact / (int64_t) sizeof(uint16_t) / book_->shape().n_stream;
+}
+
+gear_store_stats ledger::stats() const {
+    return book_->stats();
+}
+
+// Where the tile's table differs from the last time.
+void ledger::note_tile(int stream, int tile, ledger_step & step) {
+    const tile_view view  = book_->view(stream, tile);
+    const size_t    first = (size_t) stream * shape().n_cell + (size_t) tile * shape().tile, which = (size_t) stream * n_tile() + tile;
+    for (int t = 0; t < view.n_token; ++t) {
+        const int32_t now = view.slot[t] >= 0 ? view.slot[t] : view.in_tile[t] ? place_packed : place_absent;
+        int32_t &     was = places_[first + t];
+        if (now != was) {
+            n_exact_[stream] += (now >= 0) - (was >= 0);
+            step.index.push_back((int32_t) (first + t));
+            step.value.push_back(now);
+            was = now;
+        }
+    }
+    n_exact_of_[which]  = view.n_exact;
+    n_packed_of_[which] = view.n_packed;
+}
+
+// A write takes rows from tiles that it does not write to, and their counts then change.
+void ledger::note_stream(int stream, bool all, ledger_step & step) {
+    for (int tile = 0; tile < n_tile(); ++tile) {
+        const size_t    which = (size_t) stream * n_tile() + tile;
+        const tile_view view  = book_->view(stream, tile);
+        if (all || is_touched_[which] || view.n_exact != n_exact_of_[which] || view.n_packed != n_packed_of_[which]) {
+            note_tile(stream, tile, step);
+        }
+        is_touched_[which] = 0;
+    }
+}
+
+void ledger::write(int64_t n, const cell_source & cells, ledger_step & step) {
+    const store_shape & s            = shape();
+    const int64_t       n_row_before = n_row_;
+    step                             = {};
+    std::vector<int64_t> n_new(s.n_stream, 0);
+    std::vector<size_t>  touched;
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t cell = cell_at(cells, i);
+        if (cell < 0 || cell >= s.n_cell * s.n_stream) {
+            continue; // the book refuses it
+        }
+        n_new[cell / s.n_cell] += places_[cell] < 0;
+        const size_t which = (size_t) (cell / s.n_cell) * n_tile() + cell % s.n_cell / s.tile;
+        if (!is_touched_[which]) {
+            is_touched_[which] = 1;
+            touched.push_back(which);
+        }
+    }
+    if (scribe_) {
+        scribe_->step = &step;
+    }
+    const uint16_t nothing = 0;
+    barrier        sync;
+    if (!book_->write({ 0, 1, &sync }, n, cells, { &nothing, 0, true })) {
+        for (const size_t which : touched) {
+            is_touched_[which] = 0;
+        }
+        throw error(book_->status(), book_->message());
+    }
+    if (n > s.n_ubatch) { // more than the pool was made for: it may have grown
+        count_rows();
+    }
+    for (int stream = 0; stream < s.n_stream; ++stream) {
+        if (n_exact_[stream] + n_new[stream] > n_row_before) { // some row had to go
+            note_stream(stream, false, step);
+        }
+    }
+    for (const size_t which : touched) {
+        if (is_touched_[which]) {
+            is_touched_[which] = 0;
+            note_tile((int) (which / n_tile()), (int) (which % n_tile()), step);
+        }
+    }
+
+    // Of rows that go to one cell the last one counts.
+    owner_.resize((size_t) (n_row_ * s.n_stream));
+    step.slot.resize((size_t) n);
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t cell   = cell_at(cells, i);
+        step.slot[i]         = (int32_t) (cell / s.n_cell * n_row_ + places_[cell]);
+        owner_[step.slot[i]] = (int32_t) i;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        step.slot[i] = owner_[step.slot[i]] == i ? step.slot[i] : -1;
+    }
+    step.n_row = n_row_;
+}
+
+void ledger::flush(ledger_step & step) {
+    step = {};
+    if (scribe_) {
+        scribe_->step = &step;
+    }
+    barrier sync;
+    if (!book_->flush({ 0, 1, &sync })) {
+        throw error(book_->status(), book_->message());
+    }
+    for (int stream = 0; stream < shape().n_stream; ++stream) {
+        note_stream(stream, false, step);
+    }
+    step.n_row = n_row_;
+}
+
+void ledger::erase(int64_t cell, int64_t n, ledger_step & step) {
+    step = {};
+    book_->erase(cell, n);
+    for (int64_t first = cell; first < cell + n;) {
+        const int64_t local = first % shape().n_cell;
+        const int     tile  = (int) (local / shape().tile);
+        note_tile((int) (first / shape().n_cell), tile, step);
+        first += std::min<int64_t>(shape().tile - local % shape().tile, shape().n_cell - local);
+    }
+    step.n_row = n_row_;
+}
+
+void ledger::copy_stream(int from, int to, ledger_step & step) {
+    step = {};
+    book_->copy_stream(from, *book_, to);
+    count_rows();
+    note_stream(to, true, step);
+    step.n_row = n_row_;
+}
+
+void ledger::clear() {
+    book_->clear();
+    std::fill(places_.begin(), places_.end(), place_absent);
+    std::fill(n_exact_.begin(), n_exact_.end(), 0);
+    std::fill(n_exact_of_.begin(), n_exact_of_.end(), 0);
+    std::fill(n_packed_of_.begin(), n_packed_of_.end(), 0);
+}
+
+} // namespace gear::cuda

@@ -56,7 +56,8 @@ def collect() -> dict[str, Any]:
         "plugin": str(_native.library_path()),
         "simd": {"current": _native.simd_level(), "available": _native.simd_levels()},
         "devices": devices,
-        "cuda": any(device["name"].startswith("CUDA") for device in devices),
+        "cuda": (cuda := any(device["name"].startswith("CUDA") for device in devices)),
+        "cuda_kernels": _cuda_kernels(cuda),
         "presets": {name: {"config": config.to_dict(), "bits_per_element": _bits(config)} for name, config in PRESETS.items()},
     }
 
@@ -70,6 +71,24 @@ def _abi_proof() -> dict[str, Any]:
     except AbiError as error:
         return {"ggml": "unknown", "ggml_commit": "unknown", "abi": {"passed": False, "reason": str(error)}}
     return {"ggml": versions["ggml"], "ggml_commit": versions["ggml_commit"], "abi": {"passed": True, "reason": ""}}
+
+
+def _cuda_kernels(has_device: bool) -> dict[str, Any]:
+    """Whether gearcpp's own CUDA kernels are there. They are loaded, and so proved, only where llama.cpp has a CUDA device."""
+    from gearcpp import _native
+
+    library = _native.library_path()
+    is_built = library.with_name(library.name.replace("libgearcpp", "libgearcpp-cuda")).exists()
+    problem = _native.text(_native.lib.gear_cuda_problem()) if has_device else ""
+    return {"built": is_built, "problem": problem}
+
+
+def _cuda_line(kernels: dict[str, Any]) -> str:
+    if kernels["problem"]:
+        return f"cannot be used: {kernels['problem']}"
+    if not kernels["built"]:
+        return "not built: there was no nvcc when gearcpp was installed; to get them: install gearcpp where nvcc (11.8 or later) is on PATH"
+    return "built; not proven on a GPU yet, so the cache stays on the CPU unless GEARCPP_CUDA=1 (docs/cuda.md)"
 
 
 def _bits(config: Any) -> dict[str, dict[str, float]]:
@@ -118,6 +137,7 @@ def _print(facts: dict[str, Any]) -> None:
     for device in facts["devices"]:
         line("device", f"{device['name']}: {device['description']}, {device['bytes_total'] / 2**30:.1f} GiB")
     line("CUDA", "present" if facts["cuda"] else f"absent from this llama-cpp-python; to get it: {CUDA_HINT}")
+    line("CUDA kernels", _cuda_line(facts["cuda_kernels"]))
 
     presets = Table("preset", title="Bits per element of a packed tile (f16: 16)", title_justify="left", box=None, pad_edge=False)
     for d_head in HEAD_SIZES:

@@ -150,6 +150,9 @@ GEAR_API const char * gear_simd_name(int32_t i);
 GEAR_API const char * gear_simd_current(void);
 GEAR_API gear_status  gear_simd_select(const char * name);
 
+// "" when this build has CUDA kernels and a GPU that they can use, else what is missing and what to do about it. Valid until the thread's next call.
+GEAR_API const char * gear_cuda_problem(void);
+
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // One layer's cache without llama.cpp: for tests and micro-benchmarks
 // ---------------------------------------------------------------------------------------------------------------------------------------------

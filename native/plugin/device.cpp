@@ -3,6 +3,7 @@
 #include "codec/codec.h"
 #include "common/error.h"
 #include "common/memory.h"
+#include "cuda/loader.h"
 #include "plugin/kv_session.h"
 
 #include <algorithm>
@@ -28,7 +29,7 @@ struct device_tables {
     static void memory(abi::device * device, size_t * free, size_t * total) { abi::ggml().ggml_backend_dev_memory(of(device).inner_, free, total); }
 
     // An integrated GPU over the CPU: llama.cpp offloads layers to it when it is asked to, and passes it by when there is a GPU.
-    static int type(abi::device *) { return abi::device_igpu; }
+    static int type(abi::device * device) { return of(device).cuda_ ? abi::device_gpu : abi::device_igpu; }
 
     static void props(abi::device * device, abi::device_props * props) {
         props->name        = name(device);
@@ -36,17 +37,34 @@ struct device_tables {
         props->type        = type(device);
         props->device_id   = nullptr;
         memory(device, &props->memory_free, &props->memory_total);
+        if (of(device).cuda_) {
+            abi::device_props inner[2] = {}; // room for members that a later release may add
+            of(device).inner_->iface.get_props(of(device).inner_, inner);
+            props->device_id = inner->device_id;
+            props->caps      = inner->caps;
+            return;
+        }
         // Members up to events only: mmap_support is not there in older releases, and weights never live here.
         props->caps.async = props->caps.host_buffer = props->caps.buffer_from_host_ptr = props->caps.events = false;
     }
 
-    static abi::backend *     init_backend(abi::device * device, const char *) { return make_backend(of(device)); }
+    static abi::backend * init_backend(abi::device * device, const char *) {
+        abi::backend *    backend = nullptr;
+        const gear_status status  = guarded([&] { backend = of(device).cuda_ ? of(device).cuda_->make_backend() : make_backend(of(device)); });
+        if (status != GEAR_OK) {
+            of(device).set_error(status, gear_last_error());
+        }
+        return backend;
+    }
     static abi::buffer_type * type_of(abi::device * device) { return &of(device).type_; }
 
     static bool supports_op(abi::device * device, const abi::tensor * op) {
         // The loader asks with each weight in a size-0 buffer of our type: no, so that weights stay in the formats of the CPU (mmap, repacked).
         int       il;
         gear_side side;
+        if (of(device).cuda_ && !of(device).cuda_->worker.with.is_emulated) { // weights go where ggml-cuda has them
+            return cuda_wrapper::observe(op) || abi::ggml().ggml_backend_dev_supports_op(of(device).inner_, op);
+        }
         for (const abi::tensor * source : op->src) {
             const abi::tensor * root = source && source->view_src ? source->view_src : source;
             if (root && root->buf && root->buf->size == 0 && root->buf->buft == &of(device).type_ && !parse_cache_name(root->name, il, side)) {
@@ -54,7 +72,7 @@ struct device_tables {
             }
         }
         // Never no to an op on the cache: llama.cpp would abort. What it does with the cache decides what the cache becomes.
-        return observe(op) || abi::ggml().ggml_backend_dev_supports_op(of(device).inner_, op);
+        return observe(op) || cuda_wrapper::observe(op) || abi::ggml().ggml_backend_dev_supports_op(of(device).inner_, op);
     }
 
     static bool supports_buft(abi::device * device, abi::buffer_type * type) {
@@ -74,8 +92,14 @@ struct device_tables {
         kv_device &       self   = of(type);
         abi::buffer *     buffer = nullptr;
         const gear_status status = guarded([&] {
-            buffer = type == &self.type_ && self.take_sizes(size) ? kv_buffer::make(self, size)
-                                                                  : abi::ggml().ggml_backend_buft_alloc_buffer(inner_type(type), size);
+            if (type == &self.type_ && self.take_sizes(size)) {
+                buffer = self.cuda_ ? self.cuda_->make_cache_buffer(size) : kv_buffer::make(self, size);
+                return;
+            }
+            buffer = abi::ggml().ggml_backend_buft_alloc_buffer(inner_type(type), size);
+            if (self.cuda_) {
+                self.cuda_->watch(buffer);
+            }
         });
         if (status != GEAR_OK) {
             self.set_error(status, gear_last_error());
@@ -83,7 +107,7 @@ struct device_tables {
         return buffer;
     }
 
-    static size_t alignment(abi::buffer_type *) { return tile_align; } // a cache line; the CPU asks for no more
+    static size_t alignment(abi::buffer_type * type) { return of(type).alignment_; }
     static size_t max_size(abi::buffer_type * type) { return abi::ggml().ggml_backend_buft_get_max_size(inner_type(type)); }
 
     static size_t alloc_size(abi::buffer_type * type, const abi::tensor * tensor) {
@@ -108,7 +132,10 @@ struct device_tables {
     static size_t        device_count(abi::reg *) { return 1; }
     static abi::device * device_at(abi::reg * reg, size_t) { return &of(reg).device_; }
 
-    static void * proc_address(abi::reg *, const char * name) {
+    static void * proc_address(abi::reg * reg, const char * name) {
+        if (of(reg).cuda_) { // the backend is the wrapped one's structure
+            return abi::ggml().ggml_backend_reg_get_proc_address(abi::ggml().ggml_backend_dev_backend_reg(of(reg).inner_), name);
+        }
         if (strcmp(name, "ggml_backend_set_n_threads") == 0) {
             return reinterpret_cast<void *>(set_backend_threads);
         }
@@ -123,16 +150,41 @@ struct device_tables {
 // Life
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
+namespace {
+
+// Tests let kernels on the CPU play a GPU.
+bool is_emulated() {
+    const char * wanted = getenv("GEARCPP_CUDA");
+    if (!wanted || strcmp(wanted, "1") != 0) {
+        return false;
+    }
+    std::string       problem;
+    const cuda::api * table = cuda::load(problem);
+    return table && table->is_emulated;
+}
+
+// The CPU, as long as the cache on a GPU is for those who ask for it.
+const char * default_device() {
+    const char * wanted = getenv("GEARCPP_CUDA");
+    return wanted && strcmp(wanted, "1") == 0 && abi::ggml().ggml_backend_dev_by_name("CUDA0") ? "CUDA0" : "CPU";
+}
+
+} // namespace
+
 kv_device::kv_device(const gear_device_params & params, int index)
     : callback(params.codec), callback_user(params.codec_user), config_(params.config), n_ubatch_(params.n_ubatch > 0 ? params.n_ubatch : 512) {
     check_config(config_);
-    const char * wanted = params.device ? params.device : "CPU";
+    const char * wanted = params.device ? params.device : default_device();
     inner_ = strcmp(wanted, "CPU") == 0 ? abi::ggml().ggml_backend_dev_by_type(abi::device_cpu) : abi::ggml().ggml_backend_dev_by_name(wanted);
     if (!inner_) {
         fail(GEAR_ERROR_INVALID, "this llama.cpp has no device '%s'", wanted);
     }
-    if (abi::ggml().ggml_backend_dev_type(inner_) != abi::device_cpu) {
-        fail(GEAR_ERROR_UNSUPPORTED, "device '%s' is not a CPU: this build of gearcpp keeps a GEAR cache on the CPU only", wanted);
+    if (abi::ggml().ggml_backend_dev_type(inner_) != abi::device_cpu || is_emulated()) {
+        if (callback) {
+            fail(GEAR_ERROR_UNSUPPORTED, "a codec of the caller's runs on the CPU, not on '%s'; set n_gpu_layers=0", wanted);
+        }
+        cuda_      = std::make_unique<cuda_wrapper>(*this, inner_);
+        alignment_ = std::max(alignment_, abi::ggml().ggml_backend_buft_get_alignment(abi::ggml().ggml_backend_dev_buffer_type(inner_)));
     }
     for (int i = 0; i < params.n_layer; ++i) {
         layers_[params.layers[i].il] = params.layers[i];
@@ -153,11 +205,14 @@ kv_device::kv_device(const gear_device_params & params, int index)
     device_.iface.get_buffer_type = tables::type_of;
     device_.iface.supports_op     = tables::supports_op;
     device_.iface.supports_buft   = tables::supports_buft;
-    device_.owner                 = &reg_;
-    device_.context               = this;
-    reg_                          = { abi::api_version, { tables::reg_name, tables::device_count, tables::device_at, tables::proc_address }, this };
-    type_    = { { tables::type_name, tables::alloc, tables::alignment, tables::max_size, tables::alloc_size, tables::is_host }, &device_, this };
-    kv_type_ = type_;
+    if (cuda_) {
+        cuda_->fill_in(device_.iface, inner_->iface);
+    }
+    device_.owner   = &reg_;
+    device_.context = this;
+    reg_            = { abi::api_version, { tables::reg_name, tables::device_count, tables::device_at, tables::proc_address }, this };
+    type_           = { { tables::type_name, tables::alloc, tables::alignment, tables::max_size, tables::alloc_size, tables::is_host }, &device_, this };
+    kv_type_        = type_;
 }
 
 kv_device::~kv_device() = default;
@@ -166,20 +221,29 @@ kv_device::~kv_device() = default;
 // Shapes and sizes
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-static_assert(tile_align == cache_line, "sizes are padded as ggml's allocator pads for this alignment");
+namespace {
+
+size_t padded(size_t bytes, size_t alignment) {
+    return (bytes + alignment - 1) / alignment * alignment;
+}
+
+} // namespace
 
 store_shape kv_device::shape(const cache_tensor & tensor) const {
-    int        n_head = tensor.use.n_head, d_head = tensor.use.d_head;
-    const auto known = layers_.find(tensor.il);
+    return shape(tensor.il, tensor.side, tensor.n_embd, tensor.n_cell, tensor.n_stream, tensor.use);
+}
+
+store_shape kv_device::shape(int il, gear_side side, int64_t n_embd, int64_t n_cell, int n_stream, const observed_use & use) const {
+    int        n_head = use.n_head, d_head = use.d_head;
+    const auto known = layers_.find(il);
     if (known != layers_.end() && n_head == 0) {
         n_head = known->second.n_head_kv;
-        d_head = tensor.side == GEAR_SIDE_K ? known->second.d_head_k : known->second.d_head_v;
+        d_head = side == GEAR_SIDE_K ? known->second.d_head_k : known->second.d_head_v;
     }
-    if ((int64_t) n_head * d_head != tensor.n_embd) {
+    if ((int64_t) n_head * d_head != n_embd) {
         n_head = d_head = 0;
     }
-    return { tensor.il,       tensor.side,  n_head,         d_head,         tensor.n_cell,
-             tensor.n_stream, config_.tile, config_.n_tail, config_.n_sink, std::max(n_ubatch_, tensor.use.n_rows) };
+    return { il, side, n_head, d_head, n_cell, n_stream, config_.tile, config_.n_tail, config_.n_sink, std::max(n_ubatch_, use.n_rows) };
 }
 
 std::shared_ptr<const tile_codec> kv_device::make_codec(const store_shape & shape, const tile_layout *& layout) const {
@@ -224,7 +288,7 @@ size_t kv_device::estimate(const abi::tensor * tensor, int il, gear_side side) c
         const auto          codec = make_codec(shape, layout);
         bytes                     = std::min(nominal, store::bytes(shape, codec.get()));
     });
-    return status == GEAR_OK ? padded(bytes) : nominal;
+    return status == GEAR_OK ? padded(bytes, alignment_) : nominal;
 }
 
 // llama.cpp asks for the size of every cache tensor of a KV cache and then allocates their sum. With memory fitting it asks many more times without ever
@@ -233,7 +297,7 @@ void kv_device::note_cache_size(int il, gear_side side, size_t bytes) {
     constexpr size_t            enough = 4096; // more than any model has cache tensors
     std::lock_guard<std::mutex> guard(mutex_);
     auto &                      log = asked_[std::this_thread::get_id()];
-    log.push_back({ true, il, side, padded(bytes) });
+    log.push_back({ true, il, side, padded(bytes, alignment_) });
     if (log.size() > enough) {
         log.pop_front();
     }
@@ -248,7 +312,7 @@ void kv_device::note_other_size(size_t bytes) {
     if (log->second.back().is_cache) {
         log->second.push_back({ false, 0, GEAR_SIDE_K, 0 });
     }
-    log->second.back().bytes += padded(bytes);
+    log->second.back().bytes += padded(bytes, alignment_);
 }
 
 bool kv_device::take_sizes(size_t size) {
@@ -320,6 +384,9 @@ kv_session * kv_device::session_at(const void * data) {
 }
 
 std::vector<gear_store_stats> kv_device::stats() {
+    if (cuda_) {
+        return cuda_->stats();
+    }
     std::lock_guard<std::mutex>   none_goes(buffers_mutex_);
     std::vector<gear_store_stats> all;
     for (kv_buffer * buffer : buffers_) {
@@ -335,6 +402,9 @@ void kv_device::count_scratch(int64_t change) {
 }
 
 int64_t kv_device::scratch_bytes() const {
+    if (cuda_) {
+        return cuda_->scratch_bytes();
+    }
     std::lock_guard<std::mutex> guard(mutex_);
     return scratch_bytes_;
 }

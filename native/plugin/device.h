@@ -3,6 +3,7 @@
 
 #include "common/error.h"
 #include "plugin/abi.h"
+#include "plugin/cuda_wrapper.h"
 #include "plugin/kv_buffer.h"
 
 #include <deque>
@@ -28,11 +29,13 @@ class kv_device {
     abi::reg *          ggml_reg() { return &reg_; }
     abi::device *       inner() const { return inner_; }
     abi::buffer_type *  kv_type() { return &kv_type_; }
+    cuda_wrapper *      cuda() const { return cuda_.get(); }
     const gear_config & config() const { return config_; }
     int                 n_ubatch() const { return n_ubatch_; }
 
     // Shape of one side of a layer: from the head table, else from what the graph showed; n_head 0: not known.
     store_shape                       shape(const cache_tensor & tensor) const;
+    store_shape                       shape(int il, gear_side side, int64_t n_embd, int64_t n_cell, int n_stream, const observed_use & use) const;
     // A codec for one side of a layer; nullptr when that side is kept as f16. `layout` is set for GEAR's own codec.
     std::shared_ptr<const tile_codec> make_codec(const store_shape & shape, const tile_layout *& layout) const;
     // A cache so small that the pool of exact rows would hold all of it.
@@ -85,6 +88,7 @@ class kv_device {
     std::map<int, gear_layer>                    layers_;
     int                                          n_ubatch_;
     abi::device *                                inner_;
+    size_t                                       alignment_ = tile_align; // of buffers: a cache line, or what the wrapped device wants
     abi::device                                  device_;
     abi::reg                                     reg_;
     abi::buffer_type                             type_, kv_type_;
@@ -94,6 +98,7 @@ class kv_device {
     std::set<kv_buffer *>                        buffers_;
     std::set<kv_session *>                       sessions_;
     kept_error                                   error_;
+    std::unique_ptr<cuda_wrapper>                cuda_; // when a CUDA device is wrapped
     int64_t                                      scratch_bytes_ = 0;
     friend struct device_tables;
 };

@@ -521,9 +521,9 @@ int compute(cuda_backend & b, const abi::cgraph & graph) {
         return b.inner->iface.graph_compute(b.inner, const_cast<abi::cgraph *>(&graph));
     }
     std::lock_guard<std::mutex> guard(wrapper.lock);
-    const error                 earlier = wrapper.device().take_error(); // of a set_tensor or clear, which could not say so
+    const kept_error            earlier = wrapper.device().take_error(); // of a set_tensor or clear, which could not say so
     if (earlier.status != GEAR_OK) {
-        throw earlier;
+        throw error(earlier.status, earlier.text);
     }
     if (wrapper.worker.is_broken) {
         fail(GEAR_ERROR_INTERNAL, "an earlier step failed half-way, and the cache no longer holds what it should; clear it (llama_memory_clear)");

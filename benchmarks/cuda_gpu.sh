@@ -5,8 +5,8 @@
 #                                            llama-cpp-python (the one installed), whose vendored llama.cpp is used
 #     benchmarks/cuda_gpu.sh [STAGE...]      there: the stages named, or all of them; results go to $OUT (default ./gpu-results) as they are made
 #
-# Needs there: nvcc, cmake, ninja or make, a C++ compiler, python3 with numpy; compute-sanitizer is used where it is found. Carry the folder .gpu (git does
-# not ignore it: keep it out with .git/info/exclude). Only the architecture at hand is compiled. Stages, each with its own time limit, in order:
+# Needs there: nvcc, cmake, ninja or make, a C++ compiler, python3 with numpy; compute-sanitizer is used where it is found. Carry the
+# folder .gpu, which git ignores. Only the architecture at hand is compiled. Stages, each with its own time limit, in order:
 #
 #     facts       the GPU, driver, compilers                                                                        10 s
 #     kernels     gearcpp with its CUDA kernels and tests                                                           4 min
@@ -16,20 +16,21 @@
 #     probe       segments with events against one graph, and one outer capture (cuda_gpu_probe.cu)                 1 min
 #     attention   attention alone, and the copy bandwidth                                                           4 min
 #     model       a model of Llama-3-8B's shape with random weights                                                 2 min
-#     check       end to end: llama-bench on GEAR0, perplexity under f16 and GEAR                                 3 min
+#     check       end to end: llama-bench on GEAR0, perplexity under f16 and GEAR                                   3 min
 #     decode      whole decode and prompts, batch 1, 4, 16, against f16, q8_0, q4_0, with peak VRAM                 9 min
 #     budget      largest context and largest batch in a budget of GPU memory, and tokens per second there          6 min
 #     table       what was measured, as one table                                                                   10 s
 #
-# Where a command may take 10 minutes at most, two calls: "facts kernels tests sanitizer llama probe attention table", then "model check decode budget table"
-# on the same machine (build folders are kept); or one call in which each stage has less: GEARCPP_GPU_SHARE=0.5 halves every limit.
+# All of it takes some 40 minutes at most. Where a command may take 10 and the machine is kept warm between commands (build folders then stay):
+#     cuda_gpu.sh facts kernels tests sanitizer llama          then   cuda_gpu.sh probe attention model check table          then   cuda_gpu.sh decode table
+# GEARCPP_GPU_SHARE=0.5 halves every limit. A stage that runs out of time leaves what it has written.
 #
 # GEARCPP_CUDA=1 is set here: the wrapper is opt-in until this script has shown it to be right.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 out=${OUT:-$root/gpu-results}
-work=${GEARCPP_GPU_WORK:-$root/.gpu/work}
+work=${GEARCPP_GPU_WORK:-$root/.gpu-work} # not in .gpu: what is carried replaces what is there
 share=${GEARCPP_GPU_SHARE:-1}
 jobs=$(nproc)
 
@@ -77,7 +78,7 @@ stage_facts() {
 stage_kernels() {
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
     cmake -S "$root" -B "$gear" -DCMAKE_BUILD_TYPE=Release -DGEARCPP_TESTS=ON -DGEARCPP_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$arch-real"
-    cmake --build "$gear" -j "$jobs"
+    cmake --build "$gear" -j "$jobs" --target gearcpp gearcpp-cuda cuda_device_tests
 }
 
 stage_tests() { "$gear/cuda_device_tests" "$gear/libgearcpp-cuda.so"; }
@@ -94,8 +95,24 @@ stage_llama() {
         mkdir -p "$work/llama"
         tar -C "$work/llama" -xzf "$root/.gpu/llama.tgz"
     fi
+    # cuBLAS and the driver's library may lie outside of the toolkit: in PyTorch's wheels, in the driver's folder.
+    options=()
+    places=("$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")" /usr/local/cuda /usr/local/nvidia /usr/lib/x86_64-linux-gnu
+        "$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/nvidia")
+    find_file() { find -L "${places[@]}" -name "$1" 2>/dev/null | head -n 1; }
+    mkdir -p "$work/lib"
+    for name in cublas cublasLt; do
+        file=$(find_file "lib$name.so*")
+        [ -n "$file" ] && ln -sf "$file" "$work/lib/lib$name.so" && options+=("-DCUDA_${name}_LIBRARY=$work/lib/lib$name.so")
+    done
+    header=$(find_file cublas_v2.h)
+    [ -n "$header" ] && options+=("-DCMAKE_CUDA_FLAGS=-I$(dirname "$header")" "-DCMAKE_CXX_FLAGS=-I$(dirname "$header")")
+    driver=$(find_file 'libcuda.so*')
+    if [ -n "$driver" ]; then options+=("-DCUDA_cuda_driver_LIBRARY=$driver"); else options+=(-DGGML_CUDA_NO_VMM=ON); fi
+    echo "found: ${options[*]}"
     cmake -S "$work/llama" -B "$llama" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$arch-real" \
-        -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_UI=OFF
+        -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_UI=OFF \
+        -DLLAMA_BUILD_APP=OFF "${options[@]}"
     cmake --build "$llama" -j "$jobs" --target llama-bench llama-batched-bench llama-perplexity
 }
 
@@ -129,10 +146,10 @@ run_bench() {
     nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -lms 100 >"$work/memory.txt" &
     local watcher=$!
     GGML_BACKEND_PATH=$gear/libgearcpp.so timeout "${GEARCPP_GPU_BENCH_SECONDS:-120}" "$bin/llama-batched-bench" -dev "$device" -ngl 99 -fa on -ctk "$type" \
-        -ctv "$type" --output-format jsonl "$@" >"$work/bench.jsonl" 2>"$work/bench.err" || status=$?
+        -ctv "$type" --output-format jsonl "$@" >"$work/bench.jsonl" 2>&1 || status=$?
     kill "$watcher"
     wait "$watcher" 2>/dev/null || true
-    [ "$status" = 0 ] || { echo "$name $*: status $status"; tail -n 3 "$work/bench.err"; }
+    [ "$status" = 0 ] || { echo "$name $*: status $status"; tail -n 3 "$work/bench.jsonl"; }
     python3 "$root/benchmarks/cuda_gpu.py" bench "$name" "$work/bench.jsonl" "$work/memory.txt" "$extra" "$*" >>"$file"
     return $((status != 0))
 }

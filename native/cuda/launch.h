@@ -4,8 +4,9 @@
 #pragma once
 
 #include "cuda/api.h"
-#include "cuda/attend.h"
+#include "cuda/decode.h"
 #include "cuda/pack.h"
+#include "cuda/prefill.h"
 
 namespace gear::cuda {
 
@@ -89,7 +90,10 @@ inline int start_attend(const attend_arguments * args, stream s) {
         return d <= 64 ? start_prefill<64>(*args, s) : d <= 128 ? start_prefill<128>(*args, s) : start_prefill<256>(*args, s);
     }
     const int k = args->k.has_tiles ? args->k.layout.config.bits : 0, v = args->v.has_tiles ? args->v.layout.config.bits : 0;
-    return k == 4 && v == 4 ? start_decode<4, 4>(*args, s) : k == 3 && v == 3 ? start_decode<3, 3>(*args, s) : start_decode<0, 0>(*args, s);
+    if (k == v && k >= 2 && k <= 4) {
+        return k == 4 ? start_decode<4, 4>(*args, s) : k == 3 ? start_decode<3, 3>(*args, s) : start_decode<2, 2>(*args, s);
+    }
+    return start_decode<0, 0>(*args, s);
 }
 
 } // namespace gear::cuda

@@ -154,7 +154,7 @@ struct lane_codes {
 };
 
 // The words of one plane, put where the code's bits belong.
-template <int width> __device__ inline void add_plane(const uint8_t * line, int n_sub, int position, lane_codes & codes) {
+template <int width> __device__ __forceinline__ void add_plane(const uint8_t * line, int n_sub, int position, lane_codes & codes) {
     constexpr int      per_line = 4 / width;
     constexpr uint32_t field    = ((1u << width) - 1) * 0x01010101u;
     GEAR_UNROLL
@@ -178,7 +178,7 @@ template <int width> __device__ inline void add_plane(const uint8_t * line, int 
 
 // first: index of a line of the narrowest plane. Zeros beyond the depth.
 template <int known_bits>
-__device__ inline void load_codes(const tile_layout & layout, const uint8_t * tile, int lane_block, int first, lane_codes & codes) {
+__device__ __forceinline__ void load_codes(const tile_layout & layout, const uint8_t * tile, int lane_block, int first, lane_codes & codes) {
     const int bits = known_bits ? known_bits : layout.config.bits, n_sub = subs_of(bits);
     const int lane = (int) threadIdx.x % warp_threads, g = lane / 4, n_quad = layout.part.n_depth / 4;
     GEAR_UNROLL
@@ -207,7 +207,7 @@ __device__ inline void load_codes(const tile_layout & layout, const uint8_t * ti
 }
 
 // Products of 32 lanes and one quad a thread with x, the thread's column: c[half] += codes . x
-__device__ inline void multiply_quad(const lane_codes & codes, int sub, const quad_values & x, float (&c)[2][4]) {
+__device__ __forceinline__ void multiply_quad(const lane_codes & codes, int sub, const quad_values & x, float (&c)[2][4]) {
     const uint32_t high[2] = { bf16_pair(x.x[0], x.x[2]), bf16_pair(x.x[1], x.x[3]) };
     uint32_t       low[2];
     GEAR_UNROLL

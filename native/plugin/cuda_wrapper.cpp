@@ -643,6 +643,10 @@ namespace {
 const cuda::api & table_for(abi::device * inner) {
     const char * name   = abi::ggml().ggml_backend_dev_name(inner);
     const char * wanted = getenv("GEARCPP_CUDA");
+    const bool   is_cpu = abi::ggml().ggml_backend_dev_type(inner) == abi::device_cpu; // in tests
+    if (!is_cpu && strncmp(name, "CUDA", 4) != 0) {
+        fail(GEAR_ERROR_UNSUPPORTED, "device '%s' is neither a CPU nor one of ggml's CUDA devices, and gearcpp keeps a GEAR cache on those only", name);
+    }
     if (!wanted || strcmp(wanted, "1") != 0) {
         fail(GEAR_ERROR_UNSUPPORTED,
              "a GEAR cache on '%s' has not been proven on a GPU yet; set GEARCPP_CUDA=1 to try it, or leave the cache on the CPU (n_gpu_layers=0)", name);
@@ -656,9 +660,8 @@ const cuda::api & table_for(abi::device * inner) {
     if (!table) {
         fail(GEAR_ERROR_UNSUPPORTED, "%s", problem.c_str());
     }
-    const bool is_cpu = abi::ggml().ggml_backend_dev_type(inner) == abi::device_cpu;
-    if (is_cpu != table->is_emulated || (!is_cpu && strncmp(name, "CUDA", 4) != 0)) {
-        fail(GEAR_ERROR_UNSUPPORTED, "device '%s' is neither a CPU nor one of ggml's CUDA devices", name);
+    if (is_cpu != table->is_emulated) {
+        fail(GEAR_ERROR_UNSUPPORTED, "the library that GEARCPP_CUDA_LIBRARY names is for tests over the CPU, not for '%s'", name);
     }
     return *table;
 }

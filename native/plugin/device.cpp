@@ -152,10 +152,10 @@ struct device_tables {
 
 namespace {
 
-// Tests let kernels on the CPU play a GPU.
+// Tests let kernels on the CPU play a GPU: they name a library.
 bool is_emulated() {
-    const char * wanted = getenv("GEARCPP_CUDA");
-    if (!wanted || strcmp(wanted, "1") != 0) {
+    const char *wanted = getenv("GEARCPP_CUDA"), *library = getenv("GEARCPP_CUDA_LIBRARY");
+    if (!wanted || strcmp(wanted, "1") != 0 || !library) {
         return false;
     }
     std::string       problem;

@@ -126,7 +126,7 @@ class Programs:
 
     def test_backend_ops(self) -> Outcome:
         """Ops of the device against the CPU's: ours hands them to the CPU, so this shows that nothing is lost on the way."""
-        result = self.run("test-backend-ops", "test", "-b", "GEAR0", "-o", "SOFT_MAX,ROPE,SET_ROWS,FLASH_ATTN_EXT,MUL_MAT,CPY", timeout=1800)
+        result = self.run("test-backend-ops", "test", "-b", "GEAR0", "-o", "SOFT_MAX,ROPE,SET_ROWS,CPY", timeout=1800)
         if re.search(r"Skipping|0 backends passed|backends? passed: *0", result.stdout) and "GEAR0" not in result.stdout:
             return Outcome("skipped", "it does not know the device")
         passed = re.findall(r"(\d+)/(\d+) tests passed", result.stdout)
@@ -138,7 +138,7 @@ class Programs:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        log = tempfile.TemporaryFile("w+")
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [str(self.folder / "llama-server"), "-m", str(self.model), *DEVICE, "-fa", "on", "-c", "4096", "-np", "2", "--port", str(port)]
         server = subprocess.Popen(
             [*command, "--host", "127.0.0.1"], stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "GGML_BACKEND_PATH": str(_native.library_path())}

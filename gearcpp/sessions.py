@@ -284,6 +284,9 @@ def restore_session(llm: Llama, session: Session) -> Any:
         llm._raise_failure()
         if n_read != size:
             raise DataError(f"llama.cpp does not take its state: {explain_state(log.reason)}")
+        memory = llama_cpp.llama_get_memory(llm.ctx)
+        if memory and llama_cpp.llama_memory_seq_pos_max(memory, 0) < n_tokens - 1:
+            raise DataError(f"its header lists {n_tokens} tokens, but its cache ends before them: it was put together from different sessions")
         extra = _native.ffi.cast("void *", scores.ctypes.data) if takes_scores else _native.ffi.NULL
         session.check(_native.lib.gear_session_restore(session.pointer, extra, _native.ffi.NULL))
     except BaseException as error:

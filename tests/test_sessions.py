@@ -301,6 +301,17 @@ def test_files_that_something_else_wrote(llm: Llama, tmp_path: Path) -> None:
             refuses(llm, path, reason)
 
 
+def test_tokens_that_the_cache_does_not_hold(llm: Llama, tmp_path: Path) -> None:
+    """A header from a longer session: known only when llama.cpp has taken the state, so the context is empty then, and goes on."""
+    path = tmp_path / "s"
+    llm.save_session(path)
+    path.write_bytes(with_note(path.read_bytes(), {"tokens": [1] * 1000}))
+    with pytest.raises(DataError, match="put together from different sessions; the context is empty now"):
+        llm.load_session(path)
+    assert llm.n_tokens == 0
+    llm.eval([5, 6, 7])
+
+
 def test_logits_of_another_size(random_model: RandomModel, tmp_path: Path) -> None:
     llm = load(random_model(), logits_all=True)
     llm.eval([1, 2, 3])

@@ -41,6 +41,34 @@ print(json.dumps(stats))
 llm.close()
 """
 
+# What the wrapper does not cover is an error with its reason, and the cache works again once it is cleared.
+REFUSED = """
+import sys
+import gearcpp
+llm = gearcpp.Llama(sys.argv[1], kv_type=gearcpp.GearConfig(tile=64, n_tail=32, n_sink=2), n_ctx=256, n_batch=64, n_ubatch=64, verbose=False, n_threads=1)
+text = llm.tokenize(("The old man looked at the sea. " * 20).encode())[:150]
+
+def refusal(what):
+    try:
+        what()
+    except gearcpp.UnsupportedError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+def clear():
+    llm.reset()
+    llm._ctx.kv_cache_clear()
+    llm.eval(text[:100])
+
+llm.eval(text)
+assert "ROPE" in refusal(lambda: llm.shift_context(4, 40))
+clear()
+state = llm.save_state()
+assert "restoring" in refusal(lambda: llm.load_state(state))
+clear()
+llm.close()
+"""
+
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,6 +105,12 @@ def test_wrapper_gives_what_the_cpu_gives(emulated: Path, bundled_model: Path, t
         # Products of f16, and the model's activations rounded to 8 bits after them, which makes more of small differences.
         assert np.abs(cuda[name] - wanted).max() < 0.05 * spread
         assert np.sqrt(np.square(cuda[name] - wanted).mean()) < 0.02 * spread
+
+
+def test_what_is_not_covered_is_refused_with_a_reason(emulated: Path, bundled_model: Path) -> None:
+    environment = {**os.environ, "GEARCPP_SMALL_CACHE": "store", "GEARCPP_CUDA": "1", "GEARCPP_CUDA_LIBRARY": str(emulated)}
+    done = subprocess.run([sys.executable, "-c", REFUSED, str(bundled_model)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_missing_library_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:

@@ -546,7 +546,7 @@ inline void test_attention(const device & on, int n_random) {
             run("queries " + std::to_string(n_query), config_of(4, 4, 256), {}, with([=](request & r) { r.n_query = n_query, r.mask = mask; }));
         }
     }
-    for (int n_kv : { 1, 77, 128, 300, 383 }) {
+    for (int n_kv : { 0, 1, 77, 128, 300, 383 }) {
         for (int n_query : { 1, 30 }) {
             run("n_kv " + std::to_string(n_kv), config_of(4, 4), {}, with([=](request & r) {
                     r.n_kv    = n_kv;

@@ -15,7 +15,6 @@ import os
 from typing import Any
 
 import numpy as np
-from conftest import SEED
 from hypothesis import HealthCheck, Phase, event, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -26,6 +25,7 @@ N_HEAD, D_HEAD = 2, 32
 N_EMBD = N_HEAD * D_HEAD
 SIDES: tuple[_native.Side, _native.Side] = ("k", "v")
 
+SEED = int(os.environ.get("GEARCPP_TEST_SEED", "1"))
 N_STEPS = int(os.environ.get("GEARCPP_STEPS", "1200"))
 STEPS_PER_LIFE = 60
 

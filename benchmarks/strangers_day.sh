@@ -17,14 +17,14 @@ server=
 trap '[ -z "$server" ] || kill "$server" 2>/dev/null || true; rm -rf "$work"' EXIT
 
 echo "== chat, and save"
-printf 'Once upon a time\n/save %s/session\n' "$work" | gearcpp chat -m "$model" -c 1024 --temp 0 -n 40 >"$work/chat.txt"
+printf 'Once upon a time\n/save %s/session\n' "$work" | gearcpp chat -m "$model" -c 4096 --temp 0 -n 1500 >"$work/chat.txt"
 test -s "$work/session" || { echo "the session was not saved"; exit 1; }
 
 echo "== killed while it saves again and again: the file is whole each time"
 for _ in 1 2 3 4 5; do
     python3 - "$model" "$work/session" <<'PYTHON' &
 import sys, gearcpp
-llm = gearcpp.Llama(sys.argv[1], n_ctx=1024, verbose=False)
+llm = gearcpp.Llama(sys.argv[1], n_ctx=4096, verbose=False)
 llm.load_session(sys.argv[2])
 while True:
     llm.save_session(sys.argv[2])
@@ -42,7 +42,7 @@ import numpy as np
 import gearcpp
 llms = []
 for _ in range(2):
-    llm = gearcpp.Llama(sys.argv[1], n_ctx=1024, n_batch=256, verbose=False)
+    llm = gearcpp.Llama(sys.argv[1], n_ctx=4096, n_batch=256, verbose=False)
     llm.load_session(sys.argv[2])
     assert llm.n_tokens > 20, "the session is empty"
     llms.append(llm)

@@ -7,22 +7,6 @@
 
 namespace gear::cuda {
 
-namespace {
-
-int64_t cell_at(const cell_source & cells, int64_t i) {
-    const char * data = static_cast<const char *>(cells.data) + i * cells.stride;
-    if (cells.is_wide) {
-        int64_t cell;
-        memcpy(&cell, data, sizeof cell);
-        return cell;
-    }
-    int32_t cell;
-    memcpy(&cell, data, sizeof cell);
-    return cell;
-}
-
-} // namespace
-
 // The book's codec. While it is asked, the tables are still as they were before the write.
 class ledger::scribe final : public tile_codec {
   public:
@@ -126,7 +110,7 @@ void ledger::write(int64_t n, const cell_source & cells, ledger_step & step) {
     std::vector<int64_t> n_new(s.n_stream, 0);
     std::vector<size_t>  touched;
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t cell = cell_at(cells, i);
+        const int64_t cell = cells.at(i);
         if (cell < 0 || cell >= s.n_cell * s.n_stream) {
             continue; // the book refuses it
         }
@@ -167,7 +151,7 @@ void ledger::write(int64_t n, const cell_source & cells, ledger_step & step) {
     owner_.resize((size_t) (n_row_ * s.n_stream));
     step.slot.resize((size_t) n);
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t cell   = cell_at(cells, i);
+        const int64_t cell   = cells.at(i);
         step.slot[i]         = (int32_t) (cell / s.n_cell * n_row_ + places_[cell]);
         owner_[step.slot[i]] = (int32_t) i;
     }

@@ -2,6 +2,7 @@
 
 #include "common/error.h"
 #include "cuda/loader.h"
+#include "plugin/attention_node.h"
 #include "plugin/device.h"
 #include "plugin/kv_buffer.h"
 
@@ -363,34 +364,6 @@ bool touches_cache(const abi::tensor * op) {
     return std::any_of(op->src, op->src + abi::max_src, [](const abi::tensor * source) { return cache_of(source) != nullptr; });
 }
 
-gear_attention_params attention_params(const abi::tensor * node) {
-    const abi::tensor *   q = node->src[0], *view = node->src[1], *mask = node->src[3], *sinks = node->src[4];
-    const cuda_tensor &   k = *cache_of(view);
-    gear_attention_params p = {};
-    p.n_query               = (int32_t) q->ne[1];
-    p.n_head                = (int32_t) q->ne[2];
-    p.n_kv                  = (int32_t) view->ne[1];
-    p.stream0               = (int32_t) (view->view_offs / (size_t) (k.row_bytes() * k.n_cell));
-    p.n_stream              = (int32_t) q->ne[3];
-    p.q                     = static_cast<const float *>(q->data);
-    p.sinks                 = sinks ? static_cast<const float *>(sinks->data) : nullptr;
-    p.out                   = static_cast<float *>(node->data);
-    for (int i = 0; i < 3; ++i) {
-        p.q_stride[i]    = (int64_t) q->nb[i + 1];
-        p.out_stride[i]  = (int64_t) node->nb[i + 1];
-        p.mask_stride[i] = mask ? (int64_t) mask->nb[i + 1] : 0;
-    }
-    if (mask) {
-        p.mask          = static_cast<const uint16_t *>(mask->data);
-        p.mask_n_head   = (int32_t) mask->ne[2];
-        p.mask_n_stream = (int32_t) mask->ne[3];
-    }
-    memcpy(&p.scale, &node->op_params[0], sizeof(float));
-    memcpy(&p.max_bias, &node->op_params[1], sizeof(float));
-    memcpy(&p.softcap, &node->op_params[2], sizeof(float));
-    return p;
-}
-
 } // namespace
 
 bool cuda_wrapper::observe(const abi::tensor * op) {
@@ -507,7 +480,7 @@ void run_attention(cuda_backend & b, const abi::tensor * node) {
     cuda_tensor &k = *cache_of(node->src[1]), &v = *cache_of(node->src[2]);
     k.home->settle(k);
     v.home->settle(v);
-    cuda::attend(b.wrapper->worker, attention_params(node), *k.rows, *v.rows);
+    cuda::attend(b.wrapper->worker, attention_params(node, k.row_bytes() * k.n_cell), *k.rows, *v.rows);
 }
 
 int compute(cuda_backend & b, const abi::cgraph & graph) {

@@ -160,18 +160,6 @@ struct store::state {
 
 namespace {
 
-int64_t cell_at(const cell_source & cells, int64_t i) {
-    const char * data = (const char *) cells.data + i * cells.stride;
-    if (cells.is_wide) {
-        int64_t cell;
-        memcpy(&cell, data, sizeof cell);
-        return cell;
-    }
-    int32_t cell;
-    memcpy(&cell, data, sizeof cell);
-    return cell;
-}
-
 // It belongs to the thread, so that all stores share it.
 thread_local aligned_buffer scratch_of_thread;
 
@@ -389,7 +377,7 @@ bool store::state::is_covered(const team & t, int64_t n) const {
 int64_t store::state::first_invalid(int64_t n, const cell_source & cells) const {
     const int64_t n_all = shape.n_cell * shape.n_stream;
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t cell = cell_at(cells, i);
+        const int64_t cell = cells.at(i);
         if (cell < 0 || cell >= n_all) {
             return i;
         }
@@ -399,7 +387,7 @@ int64_t store::state::first_invalid(int64_t n, const cell_source & cells) const 
 
 void store::state::refuse(int64_t n, const cell_source & cells, int64_t invalid) const {
     fail(GEAR_ERROR_INVALID, "layer %d %s: row %lld of a write of %lld goes to cell %lld, but the cache has cells 0 to %lld; nothing was written",
-         shape.il, side_name[shape.side], (long long) invalid, (long long) n, (long long) cell_at(cells, invalid),
+         shape.il, side_name[shape.side], (long long) invalid, (long long) n, (long long) cells.at(invalid),
          (long long) (shape.n_cell * shape.n_stream) - 1);
 }
 
@@ -413,7 +401,7 @@ void store::state::plan(int nth, int64_t n, const cell_source & cells) {
     }
     ++n_write;
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t  global = cell_at(cells, i);
+        const int64_t  global = cells.at(i);
         stream_state & stream = streams[global / shape.n_cell];
         const int32_t  slot   = stream.slot[global % shape.n_cell];
         stream.n_write += 1;
@@ -455,7 +443,7 @@ void store::state::plan_flush(bool full_only) {
 void store::state::place(int64_t n, const cell_source & cells) {
     is_empty = false;
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t  global = cell_at(cells, i), cell = global % shape.n_cell;
+        const int64_t  global = cells.at(i), cell = global % shape.n_cell;
         stream_state & stream = streams[global / shape.n_cell];
         if (stream.slot[cell] < 0) {
             stream.hold(cell);
@@ -478,7 +466,7 @@ void store::state::grant() {
 
 void store::state::copy_rows(int64_t first, int64_t last, const cell_source & cells, const row_source & rows) {
     for (int64_t i = first; i < last; ++i) {
-        const int64_t global = cell_at(cells, i);
+        const int64_t global = cells.at(i);
         const int     index  = (int) (global / shape.n_cell);
         const int32_t slot   = streams[index].slot[global % shape.n_cell];
         if (streams[index].rows[slot].source != i) {

@@ -21,6 +21,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -79,6 +80,18 @@ struct cell_source {
     const void * data;
     size_t       stride;
     bool         is_wide;
+
+    int64_t at(int64_t i) const {
+        const char * from = (const char *) data + i * stride;
+        if (is_wide) {
+            int64_t cell;
+            memcpy(&cell, from, sizeof cell);
+            return cell;
+        }
+        int32_t cell;
+        memcpy(&cell, from, sizeof cell);
+        return cell;
+    }
 };
 
 // One tile as attention reads it.

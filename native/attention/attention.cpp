@@ -26,22 +26,6 @@ int ceil_div(int a, int b) {
     return (a + b - 1) / b;
 }
 
-const attention_kernels & current_kernels() {
-    switch (simd_current()) {
-#if defined(__x86_64__)
-    case simd_level::avx512vnni:
-        return attention_kernels_avx512vnni;
-    case simd_level::avx2:
-        return attention_kernels_avx2;
-#elif defined(__aarch64__)
-    case simd_level::neon:
-        return attention_kernels_neon;
-#endif
-    default:
-        return attention_kernels_scalar;
-    }
-}
-
 // How an op is cut into tasks.
 struct plan {
     const attention_op &          op;
@@ -119,14 +103,16 @@ struct side_tile {
     int32_t *     absent; // [n_absent] cells never written
     int           n_absent;
 
-    side_tile(arena & memory, const tile_layout * layout, int tile, int d_head) {
-        packed = {};
+    side_tile(arena & memory, const tile_layout * layout, float rounding, int tile, int d_head) {
+        packed          = {};
+        packed.rounding = rounding;
         if (layout) {
             packed.layout        = layout;
             const size_t n_group = (size_t) packed.n_lane_group() * packed.depth_stride();
             packed.scale         = memory.take<float>(n_group);
             packed.zero          = memory.take<float>(n_group);
             packed.widest        = memory.take<float>(packed.depth_stride());
+            packed.square        = memory.take<float>(packed.depth_stride());
             packed.A             = memory.take<float>((size_t) packed.n_factor() * layout->n_token);
             packed.B             = memory.take<float>((size_t) packed.n_factor() * layout->d_head);
             packed.outlier       = memory.take<float>((size_t) layout->part.n_vector * layout->part.n_outlier);
@@ -236,7 +222,8 @@ void write_row(const plan & p, const strip & s, int row, const softmax_state & s
 class worker {
   public:
     worker(const plan & p, arena & memory)
-        : p(p), kernels(current_kernels()), k(memory, p.op.k_layout, p.tile, p.d_k), v(memory, p.op.v_layout, p.tile, p.d_v) {
+        : p(p), kernels(current_attention_kernels()), k(memory, p.op.k_layout, p.op.rounding, p.tile, p.d_k),
+          v(memory, p.op.v_layout, p.op.rounding, p.tile, p.d_v) {
         q            = memory.take<float>(p.rows() * p.q_stride);
         q_rotated    = p.rotates_k() ? memory.take<float>(p.rows() * p.q_stride) : q;
         slope        = memory.take<float>(p.rows());
@@ -532,6 +519,22 @@ struct scratch_parts {
 };
 
 } // namespace
+
+const attention_kernels & current_attention_kernels() {
+    switch (simd_current()) {
+#if defined(__x86_64__)
+    case simd_level::avx512vnni:
+        return attention_kernels_avx512vnni;
+    case simd_level::avx2:
+        return attention_kernels_avx2;
+#elif defined(__aarch64__)
+    case simd_level::neon:
+        return attention_kernels_neon;
+#endif
+    default:
+        return attention_kernels_scalar;
+    }
+}
 
 size_t attention_scratch_bytes(const attention_op & op, int nth) {
     return scratch_parts(plan(op, nth), nth, 0).end;

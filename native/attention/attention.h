@@ -11,12 +11,17 @@
 
 namespace gear {
 
+// The share of the codes' own squared error that rounding q and p times scale to one byte may add; where it would be more, they are rounded to two.
+// Two cost twice as many products.
+constexpr float default_rounding = 0.04f;
+
 struct attention_op {
     gear_attention_params params;
     const store *         k;
     const store *         v;
     const tile_layout *   k_layout; // nullptr: the store's tiles are plain f16 [T, d] (callback codec), or it has none
     const tile_layout *   v_layout;
+    float                 rounding = default_rounding;
 };
 
 // Scratch of one op for a team of nth threads.

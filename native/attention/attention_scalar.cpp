@@ -12,7 +12,7 @@ namespace gear {
 void prepare_outliers(const prepared_tile & p) {
     const tile_layout & layout    = *p.layout;
     const int           n_outlier = layout.part.n_outlier, rank = layout.config.rank, stride = p.depth_stride();
-    for (int depth = 0; depth < layout.part.n_vector; ++depth) {
+    for (int depth = 0; n_outlier > 0 && depth < layout.part.n_vector; ++depth) {
         const uint16_t * value   = (const uint16_t *) (p.tile + layout.part.outlier_value) + depth * n_outlier;
         const uint8_t *  lane    = p.tile + layout.part.outlier_index + depth * n_outlier;
         float *          outlier = p.outlier + depth * n_outlier;

@@ -38,14 +38,16 @@ struct rows {
 struct prepared_tile {
     const tile_layout * layout;
     const uint8_t *     tile;
-    const uint8_t *     next;    // the tile that is read after this one, fetched into the cache meanwhile
-    int64_t             n_next;  // its bytes; 0: none
-    float *             scale;   // [n_lane_group, depth_stride], zeros in the padding
-    float *             zero;    // [n_lane_group, depth_stride], zeros in the padding
-    float *             widest;  // [depth_stride] the largest scale of the lane groups
-    float *             A;       // [n_factor][T] of L, sigma included, and of M
-    float *             B;       // [n_factor][d]
-    float *             outlier; // [n_vector, n_outlier] what an outlier's value adds to D + L at its place
+    float               rounding; // see attention_op
+    const uint8_t *     next;     // the tile that is read after this one, fetched into the cache meanwhile
+    int64_t             n_next;   // its bytes; 0: none
+    float *             scale;    // [n_lane_group, depth_stride], zeros in the padding
+    float *             zero;     // [n_lane_group, depth_stride], zeros in the padding
+    float *             widest;   // [depth_stride] the largest scale of the lane groups
+    float *             square;   // [depth_stride] the mean square of their scales
+    float *             A;        // [n_factor][T] of L, sigma included, and of M
+    float *             B;        // [n_factor][d]
+    float *             outlier;  // [n_vector, n_outlier] what an outlier's value adds to D + L at its place
 
     int depth_stride() const { return padded(layout->part.n_depth, depth_padding); }
     // Lanes that are tokens or channels, without padding.
@@ -93,6 +95,9 @@ struct attention_kernels {
     // x *= factor
     void (*rescale)(float * x, int n, float factor);
 };
+
+// Those of the level that is chosen.
+const attention_kernels & current_attention_kernels();
 
 // S, the same on all levels: the last part of prepare, and of multiply.
 void prepare_outliers(const prepared_tile & prepared);

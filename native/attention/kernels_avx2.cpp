@@ -73,40 +73,63 @@ struct avx2 {
 
     static ints zero_ints() { return _mm256_setzero_si256(); }
 
-    static bytes four_weights(const int8_t * weight) {
+    static bytes four_weights(const uint8_t * weight) {
         int four;
         memcpy(&four, weight, sizeof four);
         return _mm256_set1_epi32(four);
     }
 
-    // Products of two neighbours are added up in 16 bits, at most 2 * 128 * levels, and as many of these as cannot overflow there.
-    template <int bits> static void dot(ints * sum, const bytes * first, const bytes * second, const int8_t * weight) {
-        constexpr int at_once = bits <= 5 ? 4 : bits == 6 ? 2 : 1;
-        static_assert(at_once * 2 * 128 * ((1 << bits) - 1) <= 32767, "a sum of pairs must fit in 16 bits");
+    // One factor is unsigned, the other signed; codes are both.
+    template <bool positive> static __m256i pairs(bytes code, bytes weight) {
+        return positive ? _mm256_maddubs_epi16(weight, code) : _mm256_maddubs_epi16(code, weight);
+    }
+
+    // Products of two neighbours are added up in 16 bits, at most 2 * 255 or 2 * 128 * levels, and as many of these as cannot overflow there.
+    template <int bits, bool positive> static void dot(ints * sum, const bytes * first, const bytes * second, const uint8_t * weight) {
+        constexpr int largest = 2 * (positive ? 255 : 128) * ((1 << bits) - 1);
+        constexpr int at_once = 4 * largest <= 32767 ? 4 : 2 * largest <= 32767 ? 2 : 1;
+        static_assert(largest <= 32767, "a sum of pairs must fit in 16 bits");
         const __m256i one = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
         for (int quad = 0; quad < 4; quad += at_once) {
             const bytes w = four_weights(weight + 4 * quad);
-            __m256i     a = _mm256_maddubs_epi16(first[quad], w), b = _mm256_maddubs_epi16(second[quad], w);
+            __m256i     a = pairs<positive>(first[quad], w), b = pairs<positive>(second[quad], w);
 #pragma GCC unroll 4
             for (int i = 1; i < at_once; ++i) {
                 const bytes next = four_weights(weight + 4 * (quad + i));
-                a                = _mm256_add_epi16(a, _mm256_maddubs_epi16(first[quad + i], next));
-                b                = _mm256_add_epi16(b, _mm256_maddubs_epi16(second[quad + i], next));
+                a                = _mm256_add_epi16(a, pairs<positive>(first[quad + i], next));
+                b                = _mm256_add_epi16(b, pairs<positive>(second[quad + i], next));
             }
             sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(a, one));
             sum[1] = _mm256_add_epi32(sum[1], _mm256_madd_epi16(b, one));
         }
     }
 
-    static floats join(ints high, ints low) { return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(high, 8), low)); }
+    static ints   join(ints high, ints low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low); }
+    static floats to_floats(ints a) { return _mm256_cvtepi32_ps(a); }
+
+    static void round32(const float * x, const float * scale, __m256i * whole) {
+        for (int i = 0; i < 4; ++i) {
+            whole[i] = _mm256_cvtps_epi32(mul(load(x + 8 * i), load(scale + 8 * i)));
+        }
+    }
 
     // Packing to 16 and 8 bits works within 128 bits, which leaves groups of four bytes transposed.
-    static void split32(const float * x, const float * scale, float inverse, int8_t * high, int8_t * low) {
-        __m256i whole[4];
-        for (int i = 0; i < 4; ++i) {
-            whole[i] = _mm256_cvtps_epi32(mul(mul(load(x + 8 * i), load(scale + 8 * i)), set(inverse)));
+    template <bool positive> static void to_bytes(const float * x, const float * scale, uint8_t * byte, ints & total) {
+        const __m256i natural = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        for (int i = 0; i < 64; i += 32) {
+            __m256i whole[4];
+            round32(x + i, scale + i, whole);
+            total           = _mm256_add_epi32(total, _mm256_add_epi32(_mm256_add_epi32(whole[0], whole[1]), _mm256_add_epi32(whole[2], whole[3])));
+            const __m256i a = _mm256_packs_epi32(whole[0], whole[1]), b = _mm256_packs_epi32(whole[2], whole[3]);
+            const __m256i all = positive ? _mm256_packus_epi16(a, b) : _mm256_packs_epi16(a, b);
+            _mm256_storeu_si256((__m256i *) (byte + i), _mm256_permutevar8x32_epi32(all, natural));
         }
+    }
+
+    static void split32(const float * x, const float * scale, uint8_t * high, uint8_t * low) {
+        __m256i whole[4];
+        round32(x, scale, whole);
         const __m256i natural = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), half = _mm256_set1_epi16(128);
         const __m256i a = _mm256_packs_epi32(whole[0], whole[1]), b = _mm256_packs_epi32(whole[2], whole[3]);
         const __m256i high_a = _mm256_srai_epi16(_mm256_add_epi16(a, half), 8), high_b = _mm256_srai_epi16(_mm256_add_epi16(b, half), 8);
@@ -115,9 +138,9 @@ struct avx2 {
         _mm256_storeu_si256((__m256i *) low, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low_a, low_b), natural));
     }
 
-    static void split(const float * x, const float * scale, float inverse, int8_t * high, int8_t * low) {
-        split32(x, scale, inverse, high, low);
-        split32(x + 32, scale + 32, inverse, high + 32, low + 32);
+    static void split(const float * x, const float * scale, uint8_t * high, uint8_t * low) {
+        split32(x, scale, high, low);
+        split32(x + 32, scale + 32, high + 32, low + 32);
     }
 };
 

@@ -70,25 +70,39 @@ struct avx512 {
 
     static ints zero_ints() { return _mm512_setzero_si512(); }
 
-    template <int bits> static void dot(ints * sum, const bytes * first, const bytes * second, const int8_t * weight) {
+    template <int bits, bool positive> static void dot(ints * sum, const bytes * first, const bytes * second, const uint8_t * weight) {
 #pragma GCC unroll 4
         for (int quad = 0; quad < 4; ++quad) {
             int four;
             memcpy(&four, weight + 4 * quad, sizeof four);
             const __m512i w = _mm512_set1_epi32(four);
-            sum[0]          = _mm512_dpbusd_epi32(sum[0], first[quad], w);
-            sum[1]          = _mm512_dpbusd_epi32(sum[1], second[quad], w);
+            sum[0]          = positive ? _mm512_dpbusd_epi32(sum[0], w, first[quad]) : _mm512_dpbusd_epi32(sum[0], first[quad], w);
+            sum[1]          = positive ? _mm512_dpbusd_epi32(sum[1], w, second[quad]) : _mm512_dpbusd_epi32(sum[1], second[quad], w);
         }
     }
 
-    static floats join(ints high, ints low) { return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low)); }
+    static ints   join(ints high, ints low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
+    static floats to_floats(ints a) { return _mm512_cvtepi32_ps(a); }
 
     // Packing to 16 and 8 bits works within 128 bits, which leaves groups of four bytes transposed.
-    static void split(const float * x, const float * scale, float inverse, int8_t * high, int8_t * low) {
-        __m512i whole[4];
+    static void round64(const float * x, const float * scale, __m512i * whole) {
         for (int i = 0; i < 4; ++i) {
-            whole[i] = _mm512_cvtps_epi32(mul(mul(load(x + 16 * i), load(scale + 16 * i)), set(inverse)));
+            whole[i] = _mm512_cvtps_epi32(mul(load(x + 16 * i), load(scale + 16 * i)));
         }
+    }
+
+    template <bool positive> static void to_bytes(const float * x, const float * scale, uint8_t * byte, ints & total) {
+        __m512i whole[4];
+        round64(x, scale, whole);
+        total                 = _mm512_add_epi32(total, _mm512_add_epi32(_mm512_add_epi32(whole[0], whole[1]), _mm512_add_epi32(whole[2], whole[3])));
+        const __m512i natural = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m512i a = _mm512_packs_epi32(whole[0], whole[1]), b = _mm512_packs_epi32(whole[2], whole[3]);
+        _mm512_storeu_si512(byte, _mm512_permutexvar_epi32(natural, positive ? _mm512_packus_epi16(a, b) : _mm512_packs_epi16(a, b)));
+    }
+
+    static void split(const float * x, const float * scale, uint8_t * high, uint8_t * low) {
+        __m512i whole[4];
+        round64(x, scale, whole);
         const __m512i natural = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), half = _mm512_set1_epi16(128);
         const __m512i a = _mm512_packs_epi32(whole[0], whole[1]), b = _mm512_packs_epi32(whole[2], whole[3]);
         const __m512i high_a = _mm512_srai_epi16(_mm512_add_epi16(a, half), 8), high_b = _mm512_srai_epi16(_mm512_add_epi16(b, half), 8);

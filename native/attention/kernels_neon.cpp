@@ -64,7 +64,7 @@ struct neon {
 
     static ints zero_ints() { return vdupq_n_s32(0); }
 
-    // Codes have at most 7 bits: signed bytes hold them.
+    // Codes have at most 7 bits: signed bytes hold them, too.
     static ints dot_half(ints sum, const bytes * code, int8x16_t quads) {
         sum = vdotq_laneq_s32(sum, vreinterpretq_s8_u8(code[0]), quads, 0);
         sum = vdotq_laneq_s32(sum, vreinterpretq_s8_u8(code[1]), quads, 1);
@@ -72,25 +72,48 @@ struct neon {
         return vdotq_laneq_s32(sum, vreinterpretq_s8_u8(code[3]), quads, 3);
     }
 
-    template <int bits> static void dot(ints * sum, const bytes * first, const bytes * second, const int8_t * weight) {
-        const int8x16_t quads = vld1q_s8(weight);
-        sum[0]                = dot_half(sum[0], first, quads);
-        sum[1]                = dot_half(sum[1], second, quads);
+    static ints dot_half(ints sum, const bytes * code, uint8x16_t quads) {
+        uint32x4_t total = vreinterpretq_u32_s32(sum);
+        total            = vdotq_laneq_u32(total, code[0], quads, 0);
+        total            = vdotq_laneq_u32(total, code[1], quads, 1);
+        total            = vdotq_laneq_u32(total, code[2], quads, 2);
+        return vreinterpretq_s32_u32(vdotq_laneq_u32(total, code[3], quads, 3));
     }
 
-    static floats join(ints high, ints low) { return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high, 8), low)); }
-
-    static void split8(const float * x, const float * scale, float inverse, int8_t * high, int8_t * low) {
-        const int32x4_t a     = vcvtnq_s32_f32(mul(mul(load(x), load(scale)), set(inverse)));
-        const int32x4_t b     = vcvtnq_s32_f32(mul(mul(load(x + 4), load(scale + 4)), set(inverse)));
-        const int16x8_t whole = vcombine_s16(vmovn_s32(a), vmovn_s32(b)), upper = vrshrq_n_s16(whole, 8);
-        vst1_s8(high, vmovn_s16(upper));
-        vst1_s8(low, vmovn_s16(vsubq_s16(whole, vshlq_n_s16(upper, 8))));
+    template <int bits, bool positive> static void dot(ints * sum, const bytes * first, const bytes * second, const uint8_t * weight) {
+        const uint8x16_t quads = vld1q_u8(weight);
+        if constexpr (positive) {
+            sum[0] = dot_half(sum[0], first, quads);
+            sum[1] = dot_half(sum[1], second, quads);
+        } else {
+            sum[0] = dot_half(sum[0], first, vreinterpretq_s8_u8(quads));
+            sum[1] = dot_half(sum[1], second, vreinterpretq_s8_u8(quads));
+        }
     }
 
-    static void split(const float * x, const float * scale, float inverse, int8_t * high, int8_t * low) {
+    static ints   join(ints high, ints low) { return vaddq_s32(vshlq_n_s32(high, 8), low); }
+    static floats to_floats(ints a) { return vcvtq_f32_s32(a); }
+
+    static ints round4(const float * x, const float * scale) { return vcvtnq_s32_f32(mul(load(x), load(scale))); }
+
+    template <bool positive> static void to_bytes(const float * x, const float * scale, uint8_t * byte, ints & total) {
         for (int i = 0; i < 64; i += 8) {
-            split8(x + i, scale + i, inverse, high + i, low + i);
+            const int32x4_t a = round4(x + i, scale + i), b = round4(x + i + 4, scale + i + 4);
+            total = vaddq_s32(total, vaddq_s32(a, b));
+            vst1_u8(byte + i, vmovn_u16(vreinterpretq_u16_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b)))));
+        }
+    }
+
+    static void split8(const float * x, const float * scale, uint8_t * high, uint8_t * low) {
+        const int32x4_t a = round4(x, scale), b = round4(x + 4, scale + 4);
+        const int16x8_t whole = vcombine_s16(vmovn_s32(a), vmovn_s32(b)), upper = vrshrq_n_s16(whole, 8);
+        vst1_u8(high, vreinterpret_u8_s8(vmovn_s16(upper)));
+        vst1_u8(low, vreinterpret_u8_s8(vmovn_s16(vsubq_s16(whole, vshlq_n_s16(upper, 8)))));
+    }
+
+    static void split(const float * x, const float * scale, uint8_t * high, uint8_t * low) {
+        for (int i = 0; i < 64; i += 8) {
+            split8(x + i, scale + i, high + i, low + i);
         }
     }
 };

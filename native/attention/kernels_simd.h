@@ -1,9 +1,9 @@
 // kernels_simd.h - the kernels of attention for any vector level. A level's source file defines a struct V, its vectors and what they can do, in an
 // unnamed namespace (so that no two files share an instantiation) and takes its table from kernels_for<V>.
 //
-// Exact where the scalar reference is, but for one thing: the 8-bit products. The numbers x_i scale_gi of a row are rounded to 16 bits of the largest of
-// them and split, w = 256 * high + low with high and low signed bytes; both bytes meet the codes in the instruction that multiplies bytes, and the two
-// sums are joined in 32 bits.
+// Exact where the scalar reference is, but for one thing: the 8-bit products. The numbers x_i scale_gi of a row are counted in quanta, whole parts of the
+// largest of them, and rounded: to one signed byte (q) or one unsigned byte (p, which is never negative) where that adds little to the error of the codes
+// themselves, else to 16 bits, w = 256 * high + low with high and low signed bytes. The bytes meet the codes in the instruction that multiplies bytes.
 //
 // A level has, with `lanes` numbers of 32 bits to a vector:
 //     floats, ints, bytes        vectors of f32, s32, and 4 bytes to a lane
@@ -12,9 +12,9 @@
 //     load_half, set_half, load_u8, load_s8        f16 and bytes as f32
 //     mul_power(x, n)                              x * 2^n for whole n in -160..127; 0 where that is below the normal numbers
 //     load_bytes, set_byte, both, either, shift_right<n>    on codes; bits that leave their byte are masked away by the caller
-//     zero_ints, dot, join                         dot<bits>(sum[2], first[4], second[4], weight): four quads of depth for two halves of a lane block;
-//                                                  join: 256 * high + low as f32
-//     split                                        64 numbers to high and low bytes
+//     zero_ints, dot, join, to_floats              dot<bits, positive>(sum[2], first[4], second[4], weight): four quads of depth for two halves of a lane
+//                                                  block, the weights being unsigned bytes or signed ones; join: 256 * high + low
+//     to_bytes, split                              64 numbers times scale, rounded to bytes, or to high and low bytes; to_bytes adds them to a total, too
 //     n_weight                                     rows of bytes that one pass over the codes serves
 //     n_row                                        rows that one pass over exact rows serves, four keys or four vectors of channels at a time
 #pragma once
@@ -31,7 +31,6 @@ constexpr float log2_e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.1219
 constexpr float exp_series[]    = { 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f }; // after 1 / 720
 constexpr float lowest_exponent = -110.0f;                                               // its exp is 0
 constexpr float minus_infinity  = -__builtin_inff();
-constexpr int   weight_levels   = 127 * 256;
 
 template <class V> struct kernels_for {
     using floats = typename V::floats;
@@ -62,19 +61,20 @@ template <class V> struct kernels_for {
     // scale_bits 8: zero = lo + (hi - lo) z / 255, scale = (hi - lo) s / 255 / levels. K has lo and hi per depth, V per lane group.
     static void prepare_ranges8(const prepared_tile & p) {
         const tile_layout & layout  = *p.layout;
+        const bool          is_k    = layout.side == GEAR_SIDE_K;
         const int           n_depth = layout.part.n_depth, stride = p.depth_stride();
         const uint16_t *    lo = (const uint16_t *) (p.tile + layout.part.lo), *hi = (const uint16_t *) (p.tile + layout.part.hi);
-        for (int group = 0; group < p.n_lane_group(); ++group) {
-            const uint8_t * s    = p.tile + layout.part.scale + group * n_depth;
-            const uint8_t * z    = p.tile + layout.part.zero + group * n_depth;
-            const bool      is_k = layout.side == GEAR_SIDE_K;
+        const floats        level = V::set(1.0f / layout.levels), unit = V::set(1.0f / 255);
+        const int n_range = is_k ? 1 : p.n_lane_group(), n_group = is_k ? p.n_lane_group() : 1; // of ranges, and of lane groups with the same range
+        for (int range = 0; range < n_range; ++range) {
             for (int i = 0; i < n_depth; i += lanes) {
-                const floats low   = is_k ? V::load_half(lo + i) : V::set_half(lo[group]);
-                const floats high  = is_k ? V::load_half(hi + i) : V::set_half(hi[group]);
-                const floats step  = V::mul(V::sub(high, low), V::set(1.0f / 255));
-                const floats scale = V::mul(V::mul(step, V::set(1.0f / layout.levels)), V::load_u8(s + i));
-                V::store(p.scale + group * stride + i, scale);
-                V::store(p.zero + group * stride + i, V::fma(step, V::load_u8(z + i), low));
+                const floats low  = is_k ? V::load_half(lo + i) : V::set_half(lo[range]);
+                const floats high = is_k ? V::load_half(hi + i) : V::set_half(hi[range]);
+                const floats step = V::mul(V::sub(high, low), unit), code_step = V::mul(step, level);
+                for (int group = range; group < range + n_group; ++group) {
+                    V::store(p.scale + group * stride + i, V::mul(code_step, V::load_u8(p.tile + layout.part.scale + group * n_depth + i)));
+                    V::store(p.zero + group * stride + i, V::fma(step, V::load_u8(p.tile + layout.part.zero + group * n_depth + i), low));
+                }
             }
         }
     }
@@ -144,11 +144,14 @@ template <class V> struct kernels_for {
             }
         }
         for (int i = 0; i < stride; i += lanes) {
-            floats widest = V::load(p.scale + i);
+            floats widest = V::load(p.scale + i), square = V::mul(widest, widest);
             for (int group = 1; group < p.n_lane_group(); ++group) {
-                widest = V::max(widest, V::load(p.scale + group * stride + i));
+                const floats scale = V::load(p.scale + group * stride + i);
+                widest             = V::max(widest, scale);
+                square             = V::fma(scale, scale, square);
             }
             V::store(p.widest + i, widest);
+            V::store(p.square + i, V::mul(square, V::set(1.0f / p.n_lane_group())));
         }
         prepare_factors(p);
         prepare_outliers(p);
@@ -158,47 +161,99 @@ template <class V> struct kernels_for {
     // Products with codes
     // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-    // Bytes of n rows, high ones of a row, then its low ones, and how their sums become numbers: y = quantum * sum + constant.
-    template <int n> struct weights {
-        alignas(64) int8_t byte[2 * n][max_tile];
-        float quantum[n], inverse[n], constant[n];
+    // n rows of x in quanta of their own, and as bytes against the codes of a lane group: y = quantum * (sum + constant). With two bytes to a number a
+    // row's high ones come before its low ones.
+    template <int n_byte, int n> struct weights {
+        alignas(64) uint8_t byte[n_byte * n][max_tile];
+        alignas(64) float x[n][max_tile];
+        float quantum[n], constant[n];
     };
 
-    // One quantum a row for all lane groups.
-    template <int n> static void choose_quanta(const prepared_tile & p, const const_rows & x, weights<n> & w) {
-        for (int i = 0; i < n; ++i) {
-            floats largest = V::set(0);
+    // Into how many bytes the numbers of some rows go. A row has one quantum for all lane groups.
+    struct rounding {
+        int   n_byte;
+        float top[slice_rows]; // the largest magnitude of x times scale
+    };
+
+    template <bool positive> static constexpr int byte_levels = positive ? 255 : 127;
+
+    // Two products of such a byte and a code fit in 16 signed bits, which AVX2's instruction needs.
+    template <bool positive> static constexpr int most_bits_of_bytes = positive ? 6 : 7;
+
+    // The squared error of a product: a code's error is uniform within a step, that is x^2 scale^2 / 12 for each depth; a byte's is uniform within a
+    // quantum and meets a code's distance from the middle, levels^2 / 16 on average, that is quantum^2 / 12 * levels^2 / 16 for each depth. One byte will
+    // do where the second is at most the allowed share of the first in every row.
+    template <bool positive> static rounding choose_rounding(const prepared_tile & p, const const_rows & x) {
+        const float ratio = (float) p.layout->levels / byte_levels<positive>, spread = ratio * ratio * p.layout->part.n_depth / 16;
+        rounding    r;
+        r.n_byte = p.layout->config.bits <= most_bits_of_bytes<positive> ? 1 : 2;
+        for (int i = 0; i < x.n; ++i) {
+            floats largest = V::set(0), power = V::set(0);
             for (int depth = 0; depth < p.depth_stride(); depth += lanes) {
-                largest = V::max(largest, V::magnitude(V::mul(V::load(x.row(i) + depth), V::load(p.widest + depth))));
+                const floats value = V::load(x.row(i) + depth);
+                largest            = V::max(largest, V::magnitude(V::mul(value, V::load(p.widest + depth))));
+                power              = V::fma(V::mul(value, value), V::load(p.square + depth), power);
             }
-            const float top = V::highest(largest);
-            w.quantum[i]    = top / weight_levels;
-            w.inverse[i]    = top > 1e-30f ? weight_levels / top : 0.0f; // all zero: any quantum will do
+            r.top[i] = V::highest(largest);
+            if (r.top[i] * r.top[i] * spread > p.rounding * V::sum(power)) {
+                r.n_byte = 2;
+            }
+        }
+        return r;
+    }
+
+    // A quantum is the largest number's part by so many levels.
+    template <int n_byte, int n>
+    static void count_in_quanta(const prepared_tile & p, const const_rows & x, const float * top, int levels, weights<n_byte, n> & w) {
+        for (int i = 0; i < n; ++i) {
+            const bool any       = top[i] > 1e-30f; // all zero: any quantum will do
+            w.quantum[i]         = any ? top[i] / levels : 1.0f;
+            const floats inverse = V::set(any ? levels / top[i] : 1.0f);
+            for (int depth = 0; depth < p.depth_stride(); depth += lanes) {
+                V::store(w.x[i] + depth, V::mul(V::load(x.row(i) + depth), inverse));
+            }
         }
     }
 
-    // Bytes of x * scale, and constant = x . zero
-    template <int n> static void weigh(const prepared_tile & p, int group, const const_rows & x, weights<n> & w) {
-        const int     stride = p.depth_stride();
-        const float * scale  = p.scale + group * stride;
-        const float * zero   = p.zero + group * stride;
-        floats        constant[4];
-        for (int i = 0; i < n; i += 4) {
-            for (int j = 0; j < 4; ++j) {
-                const int row = i + j < n ? i + j : i; // there are always four
-                constant[j]   = V::set(0);
-                for (int depth = 0; depth < stride; depth += lanes) {
-                    constant[j] = V::fma(V::load(x.row(row) + depth), V::load(zero + depth), constant[j]);
+    // Bytes of x * scale for one lane group. The constant is x . zero; with one byte it is x . (the middle code's value) less what the bytes give for that
+    // code, so that an error of theirs counts by a code's distance from the middle only.
+    template <bool positive, int n_byte, int n> static void weigh(const prepared_tile & p, int group, weights<n_byte, n> & w) {
+        constexpr int n_vector = depth_padding / lanes;
+        const float * scale    = p.scale + group * p.depth_stride();
+        const float * zero     = p.zero + group * p.depth_stride();
+        const floats  middle   = V::set(n_byte == 1 ? 0.5f * p.layout->levels : 0.0f);
+        floats        constant[(n + 3) / 4 * 4];
+        ints          total[n];
+        for (auto & sum : constant) {
+            sum = V::set(0);
+        }
+        for (auto & sum : total) {
+            sum = V::zero_ints();
+        }
+        for (int depth = 0; depth < p.depth_stride(); depth += depth_padding) {
+            floats value[n_vector];
+            for (int j = 0; j < n_vector; ++j) {
+                value[j] = V::fma(middle, V::load(scale + depth + lanes * j), V::load(zero + depth + lanes * j));
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < n; ++i) {
+                for (int j = 0; j < n_vector; ++j) {
+                    constant[i] = V::fma(V::load(w.x[i] + depth + lanes * j), value[j], constant[i]);
+                }
+                if constexpr (n_byte == 1) {
+                    V::template to_bytes<positive>(w.x[i] + depth, scale + depth, w.byte[i] + depth, total[i]);
+                } else {
+                    V::split(w.x[i] + depth, scale + depth, w.byte[2 * i] + depth, w.byte[2 * i + 1] + depth);
                 }
             }
-            float four[4];
-            V::sum4(constant, four);
-            memcpy(w.constant + i, four, (n - i < 4 ? n - i : 4) * sizeof(float));
         }
         for (int i = 0; i < n; ++i) {
-            for (int depth = 0; depth < stride; depth += depth_padding) {
-                V::split(x.row(i) + depth, scale + depth, w.inverse[i], w.byte[2 * i] + depth, w.byte[2 * i + 1] + depth);
-            }
+            constant[i] = V::sub(constant[i], V::mul(middle, V::to_floats(total[i])));
+        }
+        for (int i = 0; i < n; i += 4) {
+            float four[4];
+            V::sum4(constant + i, four);
+            memcpy(w.constant + i, four, (n - i < 4 ? n - i : 4) * sizeof(float));
         }
     }
 
@@ -262,12 +317,13 @@ template <class V> struct kernels_for {
     }
 
     // y[0..32) of n rows += their products with the codes of one lane block.
-    template <int bits, int n> static void multiply_block(const prepared_tile & p, int lane_block, const weights<n> & w, const rows & y) {
+    template <int bits, bool positive, int n_byte, int n>
+    static void multiply_block(const prepared_tile & p, int lane_block, const weights<n_byte, n> & w, const rows & y) {
         const block_planes planes = planes_of(p, lane_block);
         const int          n_step = p.layout->part.n_depth / 16;
         for (int piece = 0; piece < 16 / lanes; ++piece) {
             const int offset = 4 * lanes * piece;
-            ints      sum[2 * n][2];
+            ints      sum[n_byte * n][2];
             for (auto & pair : sum) {
                 pair[0] = pair[1] = V::zero_ints();
             }
@@ -288,38 +344,51 @@ template <class V> struct kernels_for {
                 const bytes second[4] = { code<bits, 0, 1>(line4, line2, line1), code<bits, 1, 1>(line4, line2, line1),
                                           code<bits, 2, 1>(line4, line2, line1), code<bits, 3, 1>(line4, line2, line1) };
 #pragma GCC unroll 16
-                for (int i = 0; i < 2 * n; ++i) {
-                    V::template dot<bits>(sum[i], first, second, w.byte[i] + 16 * quads);
+                for (int i = 0; i < n_byte * n; ++i) {
+                    V::template dot<bits, positive && n_byte == 1>(sum[i], first, second, w.byte[i] + 16 * quads);
                 }
             }
 #pragma GCC unroll 16
             for (int i = 0; i < n; ++i) {
                 const floats quantum = V::set(w.quantum[i]), constant = V::set(w.constant[i]);
                 for (int half = 0; half < 2; ++half) {
-                    float * to = y.row(i) + 16 * half + lanes * piece;
-                    V::store(to, V::add(V::load(to), V::fma(V::join(sum[2 * i][half], sum[2 * i + 1][half]), quantum, constant)));
+                    float *      to    = y.row(i) + 16 * half + lanes * piece;
+                    const floats total = V::to_floats(n_byte == 1 ? sum[i][half] : V::join(sum[n_byte * i][half], sum[n_byte * i + n_byte - 1][half]));
+                    V::store(to, V::fma(V::add(total, constant), quantum, V::load(to)));
                 }
             }
         }
     }
 
-    template <int bits, int n> static void multiply_codes(const prepared_tile & p, const const_rows & x, int first_lane, int last_lane, const rows & y) {
-        weights<n> w;
-        choose_quanta(p, x, w);
+    template <int bits, bool positive, int n_byte, int n>
+    static void multiply_codes(const prepared_tile & p, const float * top, const const_rows & x, int first_lane, int last_lane, const rows & y) {
+        weights<n_byte, n> w;
+        count_in_quanta(p, x, top, n_byte == 2 ? 127 * 256 : byte_levels<positive>, w);
         for (int lane = first_lane; lane < last_lane;) {
             const int group = lane / p.layout->group;
-            weigh(p, group, x, w);
+            weigh<positive>(p, group, w);
             for (; lane < last_lane && lane < (group + 1) * p.layout->group; lane += lane_padding) {
-                multiply_block<bits, n>(p, lane / lane_padding, w, { y.data + lane, y.stride });
+                multiply_block<bits, positive>(p, lane / lane_padding, w, { y.data + lane, y.stride });
             }
         }
     }
 
-    template <int bits> static void multiply_bits(const prepared_tile & p, const const_rows & x, int first_lane, int last_lane, const rows & y) {
+    template <int bits, bool positive>
+    static void multiply_bits(const prepared_tile & p, const const_rows & x, int first_lane, int last_lane, const rows & y) {
+        const rounding r = choose_rounding<positive>(p, x);
         for (int i = 0; i < x.n;) {
-            const const_rows part = { x.row(i), x.stride, x.n - i };
-            const rows       to   = { y.row(i), y.stride };
-            i += for_some<V::n_weight / 2>(part.n, [&](auto n) { multiply_codes<bits, decltype(n)::value>(p, part, first_lane, last_lane, to); });
+            const const_rows part          = { x.row(i), x.stride, x.n - i };
+            const rows       to            = { y.row(i), y.stride };
+            const auto       multiply_part = [&](auto n_byte, auto n) {
+                multiply_codes<bits, positive, decltype(n_byte)::value, decltype(n)::value>(p, r.top + i, part, first_lane, last_lane, to);
+            };
+            if constexpr (bits <= most_bits_of_bytes<positive>) {
+                if (r.n_byte == 1) {
+                    i += for_some<V::n_weight>(part.n, [&](auto n) { multiply_part(constant<1>{}, n); });
+                    continue;
+                }
+            }
+            i += for_some<V::n_weight / 2>(part.n, [&](auto n) { multiply_part(constant<2>{}, n); });
         }
     }
 
@@ -341,10 +410,25 @@ template <class V> struct kernels_for {
     }
 
     static void multiply(const prepared_tile & p, const const_rows & x, int first_lane, int last_lane, const rows & y) {
-        using product                       = void (*)(const prepared_tile &, const const_rows &, int, int, const rows &);
-        static constexpr product by_bits[8] = { nullptr,          nullptr,          multiply_bits<2>, multiply_bits<3>,
-                                                multiply_bits<4>, multiply_bits<5>, multiply_bits<6>, multiply_bits<7> };
-        by_bits[p.layout->config.bits](p, x, first_lane, last_lane, y);
+        using product                         = void (*)(const prepared_tile &, const const_rows &, int, int, const rows &);
+        // p is never negative.
+        static constexpr product k_by_bits[8] = { nullptr,
+                                                  nullptr,
+                                                  multiply_bits<2, false>,
+                                                  multiply_bits<3, false>,
+                                                  multiply_bits<4, false>,
+                                                  multiply_bits<5, false>,
+                                                  multiply_bits<6, false>,
+                                                  multiply_bits<7, false> };
+        static constexpr product v_by_bits[8] = { nullptr,
+                                                  nullptr,
+                                                  multiply_bits<2, true>,
+                                                  multiply_bits<3, true>,
+                                                  multiply_bits<4, true>,
+                                                  multiply_bits<5, true>,
+                                                  multiply_bits<6, true>,
+                                                  multiply_bits<7, true> };
+        (p.layout->side == GEAR_SIDE_K ? k_by_bits : v_by_bits)[p.layout->config.bits](p, x, first_lane, last_lane, y);
         multiply_factors(p, x, first_lane, last_lane, y);
         if (p.layout->part.n_outlier > 0) {
             multiply_outliers(p, x, y);

@@ -1,5 +1,6 @@
 // test_attention.cpp - every kernel level against plain attention in f64 on unpacked rows.
 #include "attention/attention.h"
+#include "attention/kernels.h"
 #include "check.h"
 #include "codec/codec.h"
 #include "common/half.h"
@@ -201,10 +202,10 @@ struct op {
 
     size_t out_size() const { return (size_t) r.n_stream * r.n_query * c.s.n_head() * c.s.d_v; }
 
-    std::vector<float> run(const char * level, int n_threads) const {
+    std::vector<float> run(const char * level, int n_threads, float rounding = 0) const {
         CHECK(gear_simd_select(level) == GEAR_OK);
         std::vector<float> out(out_size(), NAN);
-        attention_op       attend = { params, c.k.rows.get(), c.v.rows.get(), c.k.layout(), c.v.layout() };
+        attention_op       attend = { params, c.k.rows.get(), c.v.rows.get(), c.k.layout(), c.v.layout(), rounding };
         attend.params.out         = out.data();
         const size_t         n    = attention_scratch_bytes(attend, n_threads);
         std::vector<uint8_t> memory(n + 64, 0xee);
@@ -328,27 +329,30 @@ double row_error(const std::vector<float> & out, const std::vector<double> & exp
     return worst;
 }
 
-// Scalar: the rounding of f32 sums. Vectors: 15 bits of q times scale and p times scale on top of it.
-double bound_of(const std::string & level) {
-    return level == "scalar" ? 2e-5 : 3e-3;
+// Scalar: the rounding of f32 sums. Vectors: 15 bits of q times scale and p times scale on top of it, or one byte of them (test_rounding says how far
+// that may go in one product).
+double bound_of(const std::string & level, float rounding = 0) {
+    return level == "scalar" ? 2e-5 : rounding == 0 ? 3e-3 : 0.08;
 }
 
-double worst_seen[2];
+double worst_seen[3];
 
-// Every level gives what plain attention gives, on teams of one to three threads by turns.
+// Every level gives what plain attention gives, on teams of one to three threads by turns, with q and p in two bytes and as products take them.
 void compare(const std::string & what, const cache & c, const request & r) {
     static int                turn = 0;
     const op                  o(c, r);
     const std::vector<double> expected = o.expected();
     for (int i = 0; const char * level = gear_simd_name(i); ++i) {
-        const int    n_threads = 1 + (turn + i) % 3;
-        const double error     = row_error(o.run(level, n_threads), expected, c.s.d_v);
-        double &     worst     = worst_seen[std::string(level) != "scalar"];
-        worst                  = std::max(worst, error);
-        if (!(error <= bound_of(level))) {
-            printf("%s: %s, %d threads: relative error %.3g\n", what.c_str(), level, n_threads, error);
+        for (const float rounding : { 0.0f, default_rounding }) {
+            const int    n_threads = 1 + (turn + i) % 3;
+            const double error     = row_error(o.run(level, n_threads, rounding), expected, c.s.d_v);
+            double &     worst     = worst_seen[std::string(level) == "scalar" ? 0 : rounding == 0 ? 1 : 2];
+            worst                  = std::max(worst, error);
+            if (!(error <= bound_of(level, rounding))) {
+                printf("%s: %s, %d threads, rounding %g: relative error %.3g\n", what.c_str(), level, n_threads, rounding, error);
+            }
+            CHECK(error <= bound_of(level, rounding));
         }
-        CHECK(error <= bound_of(level));
     }
     ++turn;
 }
@@ -556,6 +560,97 @@ void test_extreme_queries() {
     }
 }
 
+// A tile prepared by the chosen level's kernels.
+struct prepared {
+    std::vector<uint8_t> tile;
+    std::vector<float>   scale, zero, widest, square, A, B, outlier;
+    prepared_tile        p = {};
+
+    prepared(const gear_config & config, const gear_tile_codec & codec, const std::vector<float> & x, float rounding) {
+        p.layout   = &codec.layout();
+        p.rounding = rounding;
+        tile.resize(p.layout->part.bytes + 64);
+        uint8_t * aligned = (uint8_t *) (((uintptr_t) tile.data() + 63) / 64 * 64);
+        CHECK(gear_tile_pack(&config, p.layout->side, p.layout->d_head, x.data(), nullptr, aligned) == GEAR_OK);
+        p.tile    = aligned;
+        p.scale   = sized(scale, p.n_lane_group() * p.depth_stride());
+        p.zero    = sized(zero, p.n_lane_group() * p.depth_stride());
+        p.widest  = sized(widest, p.depth_stride());
+        p.square  = sized(square, p.depth_stride());
+        p.A       = sized(A, p.n_factor() * p.layout->n_token);
+        p.B       = sized(B, p.n_factor() * p.layout->d_head);
+        p.outlier = sized(outlier, p.layout->part.n_vector * p.layout->part.n_outlier);
+        current_attention_kernels().prepare(p);
+    }
+
+    static float * sized(std::vector<float> & numbers, size_t n) {
+        numbers.resize(n + 1);
+        return numbers.data();
+    }
+};
+
+// One product of rows with a tile by one level.   y f32 [n, n_lane padded]
+std::vector<float> product(const char * level, const gear_config & config, const gear_tile_codec & codec, const std::vector<float> & tile, float rounding,
+                           const const_rows & x, std::vector<double> * code_error = nullptr) {
+    CHECK(gear_simd_select(level) == GEAR_OK);
+    const prepared     own(config, codec, tile, rounding);
+    const int          n_lane = padded(own.p.n_lane(), lane_padding);
+    std::vector<float> y((size_t) x.n * n_lane);
+    current_attention_kernels().multiply(own.p, x, 0, n_lane, { y.data(), (size_t) n_lane });
+    for (int i = 0; code_error && i < x.n; ++i) { // mean square over the lanes: each code's is its squared step by 12
+        double sum = 0;
+        for (int depth = 0; depth < own.p.n_lane_group() * own.p.depth_stride(); ++depth) {
+            const double step = (double) x.row(i)[depth % own.p.depth_stride()] * own.p.scale[depth];
+            sum += step * step / 12 / own.p.n_lane_group();
+        }
+        code_error->push_back(sum);
+    }
+    CHECK(gear_simd_select("") == GEAR_OK);
+    return y;
+}
+
+// What rounding to bytes adds to the squared error of a product is about the share of the codes' own that it is allowed, and no more; with 0 it adds
+// nothing.
+void test_rounding() {
+    constexpr int n = 7;
+    for (const gear_side which : { GEAR_SIDE_K, GEAR_SIDE_V }) {
+        for (int bits = 2; bits <= 7; ++bits) {
+            gear_config config = config_of(bits, bits, 256);
+            config.k.rotate = config.v.rotate = 1;
+            const gear_tile_codec codec(config, which, 128);
+            std::vector<float>    tile((size_t) config.tile * 128), x((size_t) n * config.tile);
+            std::generate(tile.begin(), tile.end(), [] { return normal(); });
+            const int        stride = which == GEAR_SIDE_K ? 128 : config.tile;
+            const const_rows rows   = { x.data(), (size_t) stride, n };
+            for (const float sharpness : { 0.0f, 1.0f, 3.0f, 10.0f }) { // from all alike to one that outweighs the others
+                std::generate(x.begin(), x.end(),
+                              [&] { return std::exp(sharpness * normal()) * (which == GEAR_SIDE_V || sharpness == 0 ? 1 : whole(0, 1) * 2 - 1); });
+                std::vector<double>      code_error;
+                const std::vector<float> exact = product("scalar", config, codec, tile, 0, rows, &code_error);
+                for (int i = 1; const char * level = gear_simd_name(i); ++i) {
+                    for (const float share : { 0.0f, default_rounding, 0.5f }) {
+                        const std::vector<float> y      = product(level, config, codec, tile, share, rows);
+                        const size_t             n_lane = y.size() / n;
+                        for (int row = 0; row < n; ++row) {
+                            double error = 0, length = 0;
+                            for (size_t lane = row * n_lane; lane < (row + 1) * n_lane; ++lane) {
+                                error += (double) (y[lane] - exact[lane]) * (y[lane] - exact[lane]) / n_lane;
+                                length += (double) exact[lane] * exact[lane] / n_lane;
+                            }
+                            const double allowed = 2 * share * code_error[row] + 1e-2 * code_error[row] + 1e-10 * length;
+                            if (!(error <= allowed)) {
+                                printf("%s, side %d, %d bits, sharpness %g, share %g: squared error %.3g of the codes'\n", level, which, bits, sharpness,
+                                       share, error / code_error[row]);
+                            }
+                            CHECK(error <= allowed);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 template <class T> T one_of(std::initializer_list<T> values) {
     return *(values.begin() + whole(0, (int) values.size() - 1));
 }
@@ -639,8 +734,9 @@ int main() {
     test_exact_sides();
     test_callback();
     test_extreme_queries();
+    test_rounding();
     test_random();
     test_nothing_to_do();
-    printf("worst relative error: scalar %.3g, vectors %.3g\n", worst_seen[0], worst_seen[1]);
+    printf("worst relative error: scalar %.3g, vectors %.3g, vectors and bytes %.3g\n", worst_seen[0], worst_seen[1], worst_seen[2]);
     return check::finish();
 }

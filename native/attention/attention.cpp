@@ -318,8 +318,8 @@ class worker {
         }
         open(k, *p.op.k, s, tile, range);
         open(v, *p.op.v, s, tile, range);
-        announce(k, v.has_packed ? v.packed.tile : nullptr, *p.op.v);
-        announce(v, tile + 1 < p.n_tile ? packed_tile(*p.op.k, s, tile + 1) : nullptr, *p.op.k);
+        announce(k, v, v.has_packed ? v.packed.tile : nullptr);
+        announce(v, k, tile + 1 < p.n_tile ? packed_tile(*p.op.k, s, tile + 1) : nullptr);
         for (int row = 0; row < n_rows; row += slice_rows) {
             const int n = std::min(slice_rows, n_rows - row);
             attend_slice(s, tile, row, n, n == n_rows ? range : visible(s, tile, row, n));
@@ -331,9 +331,12 @@ class worker {
         return packed ? packed + s.head * from.tile_bytes() : nullptr;
     }
 
-    static void announce(side_tile & side, const uint8_t * next, const store & from) {
-        side.packed.next   = next;
-        side.packed.n_next = next ? (int64_t) from.tile_bytes() : 0;
+    // Tell one side's kernels which tile of the other side comes next.
+    static void announce(side_tile & side, const side_tile & other, const uint8_t * next) {
+        const tile_layout * layout = other.packed.layout;
+        side.packed.next           = next;
+        side.packed.n_next         = next && layout ? layout->part.bytes : 0;
+        side.packed.next_first     = layout ? layout->part.scale / 64 * 64 : 0;
     }
 
     // Find out where each cell in range is read from.

@@ -38,16 +38,17 @@ struct rows {
 struct prepared_tile {
     const tile_layout * layout;
     const uint8_t *     tile;
-    float               rounding; // see attention_op
-    const uint8_t *     next;     // the tile that is read after this one, fetched into the cache meanwhile
-    int64_t             n_next;   // its bytes; 0: none
-    float *             scale;    // [n_lane_group, depth_stride], zeros in the padding
-    float *             zero;     // [n_lane_group, depth_stride], zeros in the padding
-    float *             widest;   // [depth_stride] the largest scale of the lane groups
-    float *             square;   // [depth_stride] the mean square of their scales
-    float *             A;        // [n_factor][T] of L, sigma included, and of M
-    float *             B;        // [n_factor][d]
-    float *             outlier;  // [n_vector, n_outlier] what an outlier's value adds to D + L at its place
+    float               rounding;   // see attention_op
+    const uint8_t *     next;       // the tile that is read after this one, fetched into the cache meanwhile
+    int64_t             n_next;     // its bytes; 0: none
+    int64_t             next_first; // of them, those that are read first
+    float *             scale;      // [n_lane_group, depth_stride], zeros in the padding
+    float *             zero;       // [n_lane_group, depth_stride], zeros in the padding
+    float *             widest;     // [depth_stride] the largest scale of the lane groups
+    float *             square;     // [depth_stride] the mean square of their scales
+    float *             A;          // [n_factor][T] of L, sigma included, and of M
+    float *             B;          // [n_factor][d]
+    float *             outlier;    // [n_vector, n_outlier] what an outlier's value adds to D + L at its place
 
     int depth_stride() const { return padded(layout->part.n_depth, depth_padding); }
     // Lanes that are tokens or channels, without padding.

@@ -288,13 +288,13 @@ template <class V> struct kernels_for {
         }
     }
 
-    // Fetch a piece of the next tile, a little more than is read of this one in a step.
+    // Fetch a piece of the next tile, a little more than is read of this one in a step. Its scales come first, though they lie last: they are read first.
     template <int bits> static void fetch_ahead(const prepared_tile & p, int step) {
         const int64_t piece = 64 * (bits + 1) * (int64_t) step;
-        if (piece < p.n_next) { // the last piece may end past the tile
+        if (piece < p.n_next) {
 #pragma GCC unroll 8
-            for (int i = 0; i <= bits; ++i) {
-                __builtin_prefetch(p.next + piece + 64 * i, 0, 2);
+            for (int64_t i = piece; i < piece + 64 * (bits + 1); i += 64) {
+                __builtin_prefetch(p.next + (p.next_first + i < p.n_next ? p.next_first + i : p.next_first + i - p.n_next), 0, 2);
             }
         }
     }

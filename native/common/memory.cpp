@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cinttypes>
 #include <cstdio>
 #include <cstring>
 #include <new>
@@ -63,16 +64,118 @@ void mapping::discard() {
     }
 }
 
-size_t available_memory() {
-    size_t kibibytes = 0;
-    if (FILE * file = fopen("/proc/meminfo", "r")) {
-        char line[256];
-        while (kibibytes == 0 && fgets(line, sizeof line, file)) {
-            sscanf(line, "MemAvailable: %zu kB", &kibibytes);
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// What there is of it: no allocation here, for this is asked when memory is short
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr size_t most_path = 4096;
+
+// The number behind `key` in a file of lines (key "": the first thing in it). false: there is none, as where a limit is "max".
+bool read_number(const char * path, const char * key, uint64_t & number) {
+    FILE * file = fopen(path, "r");
+    if (!file) {
+        return false;
+    }
+    const size_t n_key = strlen(key);
+    char         line[256];
+    bool         found = false;
+    while (!found && fgets(line, sizeof line, file)) {
+        found = strncmp(line, key, n_key) == 0 && sscanf(line + n_key, "%" SCNu64, &number) == 1;
+    }
+    fclose(file);
+    return found;
+}
+
+// The names of one version of Linux's control groups.
+struct group_names {
+    const char *mount, *limits[2], *usage, *files[2];
+};
+constexpr group_names v1 = {
+    "/sys/fs/cgroup/memory", { "memory.limit_in_bytes", nullptr }, "memory.usage_in_bytes", { "total_inactive_file ", "total_active_file " }
+};
+constexpr group_names v2 = { "/sys/fs/cgroup", { "memory.max", "memory.high" }, "memory.current", { "inactive_file ", "active_file " } };
+
+// What the limits of one group leave. Its page cache is given back when memory is needed, and does not count as used, just as in MemAvailable.
+uint64_t left_in_group(const char * folder, const group_names & names) {
+    char       path[most_path];
+    const auto read = [&](const char * file, const char * key, uint64_t & number) {
+        return snprintf(path, sizeof path, "%s/%s", folder, file) < (int) sizeof path && read_number(path, key, number);
+    };
+    uint64_t limit = UINT64_MAX, used = 0;
+    for (const char * name : names.limits) {
+        uint64_t number;
+        if (name && read(name, "", number)) {
+            limit = std::min(limit, number);
         }
+    }
+    if (limit == UINT64_MAX || !read(names.usage, "", used)) {
+        return UINT64_MAX;
+    }
+    for (const char * key : names.files) {
+        uint64_t cached = 0;
+        read("memory.stat", key, cached);
+        used -= std::min(used, cached);
+    }
+    return limit - std::min(limit, used);
+}
+
+// Every group above a group limits it, too. Inside of a container the path may be the host's, of which only the container's own group is to be seen, at
+// the mount: the others are not found and limit nothing.
+uint64_t left_in_groups(const char * root, const group_names & names, char * group) {
+    uint64_t left = UINT64_MAX;
+    for (bool is_top = false; !is_top;) {
+        is_top = group[0] == '\0';
+        char folder[most_path];
+        if (!strstr(group, "/..") && snprintf(folder, sizeof folder, "%s%s%s", root, names.mount, group) < (int) sizeof folder) {
+            left = std::min(left, left_in_group(folder, names));
+        }
+        if (char * last = strrchr(group, '/')) {
+            *last = '\0';
+        } else {
+            group[0] = '\0';
+        }
+    }
+    return left;
+}
+
+// Lines of /proc/self/cgroup: "4:memory,hugetlb:/path" of version 1, "0::/path" of version 2.
+uint64_t left_in_all_groups(const char * root) {
+    char path[most_path];
+    snprintf(path, sizeof path, "%s/proc/self/cgroup", root);
+    FILE *   file = fopen(path, "r");
+    uint64_t left = UINT64_MAX;
+    char     line[most_path];
+    while (file && fgets(line, sizeof line, file)) {
+        line[strcspn(line, "\n")] = '\0';
+        char * controllers        = strchr(line, ':');
+        char * group              = controllers ? strchr(controllers + 1, ':') : nullptr;
+        if (!group) {
+            continue;
+        }
+        *group++ = '\0';
+        if (strcmp(controllers, ":") == 0) {
+            left = std::min(left, left_in_groups(root, v2, group));
+        }
+        for (char *rest = controllers + 1, *name; (name = strsep(&rest, ","));) {
+            left = strcmp(name, "memory") == 0 ? std::min(left, left_in_groups(root, v1, group)) : left;
+        }
+    }
+    if (file) {
         fclose(file);
     }
-    return kibibytes ? kibibytes * 1024 : SIZE_MAX;
+    return left;
+}
+
+} // namespace
+
+size_t available_memory(const char * root) {
+    char     path[most_path];
+    uint64_t kibibytes = 0;
+    snprintf(path, sizeof path, "%s/proc/meminfo", root);
+    const uint64_t of_machine = read_number(path, "MemAvailable:", kibibytes) ? kibibytes * 1024 : UINT64_MAX;
+    return (size_t) std::min<uint64_t>({ of_machine, left_in_all_groups(root), SIZE_MAX });
 }
 
 void require_memory(size_t bytes, const char * what) {

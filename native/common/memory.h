@@ -47,8 +47,9 @@ class mapping {
     size_t    size_ = 0;
 };
 
-// Memory that new allocations can have without swapping, or SIZE_MAX where the system does not say.
-size_t available_memory();
+// Memory that new allocations can have without swapping: of the machine, or less where a control group limits the process (a container, a systemd unit,
+// a batch system). SIZE_MAX where the system does not say.   root: stands before every path that is read, for tests
+size_t available_memory(const char * root = "");
 
 // Throws gear::error (GEAR_ERROR_MEMORY) with the sizes and what to do when `bytes` are not available. what: who needs them.
 void require_memory(size_t bytes, const char * what);

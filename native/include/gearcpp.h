@@ -45,7 +45,8 @@ GEAR_API const char * gear_last_error(void);
 // What kind of failure that was, for the calls that return NULL; GEAR_OK when there was none.
 GEAR_API gear_status  gear_last_status(void);
 
-// Memory that new allocations can have without swapping, in bytes, or INT64_MAX where the system does not say.
+// Memory that new allocations can have without swapping, in bytes, or INT64_MAX where the system does not say. Limits of Linux's control groups (a
+// container's) are looked at, too.
 GEAR_API int64_t gear_available_memory(void);
 
 // Version of this library, such as "0.1.0".

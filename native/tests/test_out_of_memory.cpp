@@ -1,5 +1,6 @@
 // Every allocation fails once: operator new, mappings and threads, the n-th of each operation for every n, alone or with all that follow. Each time the
 // call must say GEAR_ERROR_MEMORY, lose nothing that was in the cache, leak nothing, and work when it is tried again.
+#include "allocations.h"
 #include "check.h"
 #include "common/error.h"
 #include "common/half.h"
@@ -9,100 +10,10 @@
 #include "store/store.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cerrno>
 #include <cstring>
-#include <dlfcn.h>
 #include <functional>
-#include <new>
-#include <pthread.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <thread>
-#include <unistd.h>
 #include <vector>
-
-namespace {
-
-std::atomic<bool>    armed{ false };
-std::atomic<bool>    all_that_follow{ false };
-std::atomic<int64_t> countdown{ 0 }; // to the allocation that fails
-std::atomic<int64_t> n_failed{ 0 };
-std::atomic<int64_t> n_alive{ 0 }; // blocks and mappings
-
-bool fails() {
-    if (!armed) {
-        return false;
-    }
-    const int64_t left = --countdown;
-    if (left == 0 || (left < 0 && all_that_follow)) {
-        ++n_failed;
-        return true;
-    }
-    return false;
-}
-
-void * counted(void * memory) {
-    if (!memory) {
-        throw std::bad_alloc();
-    }
-    ++n_alive;
-    return memory;
-}
-
-void release(void * memory) {
-    n_alive -= memory != nullptr;
-    free(memory);
-}
-
-} // namespace
-
-void * operator new(size_t bytes) {
-    return counted(fails() ? nullptr : malloc(bytes ? bytes : 1));
-}
-void * operator new(size_t bytes, std::align_val_t alignment) {
-    const size_t a = (size_t) alignment;
-    return counted(fails() ? nullptr : aligned_alloc(a, (bytes + a - 1) / a * a));
-}
-void operator delete(void * memory) noexcept {
-    release(memory);
-}
-void operator delete(void * memory, size_t) noexcept {
-    release(memory);
-}
-void operator delete(void * memory, std::align_val_t) noexcept {
-    release(memory);
-}
-void operator delete(void * memory, size_t, std::align_val_t) noexcept {
-    release(memory);
-}
-
-#if !defined(__SANITIZE_THREAD__) // which has to see mappings and threads itself
-
-// In the place of libc's, for this program's own calls.
-extern "C" __attribute__((visibility("default"))) void * mmap(void * address, size_t bytes, int protection, int flags, int file, off_t offset) noexcept {
-    if (fails()) {
-        errno = ENOMEM;
-        return MAP_FAILED;
-    }
-    void * pages = (void *) syscall(SYS_mmap, address, bytes, protection, flags, file, offset);
-    n_alive += pages != MAP_FAILED;
-    return pages;
-}
-
-extern "C" __attribute__((visibility("default"))) int munmap(void * address, size_t bytes) noexcept {
-    --n_alive;
-    return (int) syscall(SYS_munmap, address, bytes);
-}
-
-extern "C" __attribute__((visibility("default"))) int pthread_create(pthread_t * thread, const pthread_attr_t * attributes, void * (*f)(void *),
-                                                                     void * argument) noexcept {
-    using function         = int (*)(pthread_t *, const pthread_attr_t *, void * (*)(void *), void *);
-    static const auto real = (function) dlsym(RTLD_NEXT, "pthread_create");
-    return fails() ? EAGAIN : real(thread, attributes, f, argument);
-}
-
-#endif
 
 namespace {
 
@@ -192,17 +103,16 @@ void fail_everywhere(const char * name, const std::function<std::unique_ptr<Stat
     for (const bool follow : { false, true }) {
         for (int64_t n = 1;; ++n) {
             bool                   done   = false;
-            const int64_t          before = n_alive;
+            const int64_t          before = allocations::n_alive;
             // Threads of their own, so that the operation has to allocate what a thread keeps for itself, too.
             std::unique_ptr<State> state;
             std::thread([&] { state = prepare(); }).join();
             std::thread([&] {
-                n_failed = 0, countdown = n, all_that_follow = follow;
-                armed                    = true;
+                allocations::arm(n, follow);
                 const gear_status status = attempt(*state);
-                armed                    = false;
-                done                     = n_failed == 0;
-                const bool as_expected   = status == (done ? GEAR_OK : GEAR_ERROR_MEMORY) && (done || gear_last_error()[0] != 0);
+                allocations::disarm();
+                done                   = allocations::n_failed == 0;
+                const bool as_expected = status == (done ? GEAR_OK : GEAR_ERROR_MEMORY) && (done || gear_last_error()[0] != 0);
                 CHECK(as_expected);
                 if (!as_expected) {
                     printf("  %s: allocation %lld%s: status %d, %s\n", name, (long long) n, follow ? " and all that follow" : "", status,
@@ -213,7 +123,7 @@ void fail_everywhere(const char * name, const std::function<std::unique_ptr<Stat
                 }
             }).join();
             state.reset();
-            CHECK(n_alive == before);
+            CHECK(allocations::n_alive == before);
             if (done) {
                 printf("%s: %lld allocations failed%s\n", name, (long long) n - 1, follow ? ", with all that follow" : "");
                 break;
@@ -400,10 +310,10 @@ void test_parts() {
 
 // What happens once in a process, before any other test.
 void test_first_use() {
-    countdown = 1, all_that_follow = true, armed = true;
+    allocations::arm(1, true);
     const char * name = gear_simd_current();
-    armed             = false;
-    CHECK(name[0] != 0 && n_failed == 0);
+    allocations::disarm();
+    CHECK(name[0] != 0 && allocations::n_failed == 0);
 }
 
 } // namespace

@@ -1,44 +1,10 @@
 // The store against a plain f16 cache, with a codec that has nothing to do with GEAR.
+#include "allocations.h"
 #include "common/error.h"
 #include "common/half_rows.h"
 #include "store_model.h"
 
-#include <new>
-
 using namespace store_test;
-
-namespace {
-
-std::atomic<int64_t> n_allocation{ 0 }; // of this program so far
-
-void * counted(void * memory) {
-    ++n_allocation;
-    if (!memory) {
-        throw std::bad_alloc();
-    }
-    return memory;
-}
-
-} // namespace
-
-void * operator new(size_t bytes) {
-    return counted(malloc(bytes));
-}
-void * operator new(size_t bytes, std::align_val_t alignment) {
-    return counted(aligned_alloc((size_t) alignment, (bytes + (size_t) alignment - 1) / (size_t) alignment * (size_t) alignment));
-}
-void operator delete(void * memory) noexcept {
-    free(memory);
-}
-void operator delete(void * memory, size_t) noexcept {
-    free(memory);
-}
-void operator delete(void * memory, std::align_val_t) noexcept {
-    free(memory);
-}
-void operator delete(void * memory, size_t, std::align_val_t) noexcept {
-    free(memory);
-}
 
 namespace {
 
@@ -464,11 +430,11 @@ void test_no_allocation() {
     for (int64_t cell = 0; cell < 4 * tile; ++cell) { // the first packing makes the thread's scratch
         CHECK(write(cell));
     }
-    const int64_t n_pack = cache.stats().n_pack, before = n_allocation;
+    const int64_t n_pack = cache.stats().n_pack, before = allocations::n_made;
     for (int64_t i = 0; i < 3000; ++i) {
         CHECK(write(i * 7 % (60 * tile)));
     }
-    CHECK(n_allocation == before);
+    CHECK(allocations::n_made == before);
     CHECK(cache.stats().n_pack > n_pack);
 }
 

@@ -107,9 +107,12 @@ struct job {
 struct gear_backend {
     abi::backend   base; // first: ggml sees this
     kv_device *    device;
-    abi::backend * inner;
-    int            n_threads = 4; // ggml's default
+    abi::backend * inner     = nullptr; // nullptr: it was given up, and the next graph makes another
+    int            n_threads = 4;       // ggml's default
     barrier        sync;
+
+    abi::abort_callback abort      = nullptr;
+    void *              abort_data = nullptr;
 
     std::vector<abi::tensor *> nodes; // of the shadow graph
     std::deque<job>            jobs;  // kept from graph to graph, so that decoding allocates nothing
@@ -183,12 +186,57 @@ attention_op make_attention(const abi::tensor * node, const cache_tensor & k, co
 // Graphs
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
+// A function of the wrapped backend's registry, by name.
+template <class F> F inner_function(const gear_backend & b, const char * name) {
+    F      function = nullptr;
+    void * address  = abi::ggml().ggml_backend_reg_get_proc_address(abi::ggml().ggml_backend_dev_backend_reg(b.device->inner()), name);
+    memcpy(&function, &address, sizeof function);
+    return function;
+}
+
+// Hand the settings of the backend to the wrapped one.
+void pass_threads(gear_backend & b) {
+    using setter = void (*)(abi::backend *, int);
+    if (const auto set = inner_function<setter>(b, "ggml_backend_set_n_threads"); set && b.inner) {
+        set(b.inner, b.n_threads);
+    }
+}
+
+void pass_abort(gear_backend & b) {
+    using setter = void (*)(abi::backend *, abi::abort_callback, void *);
+    if (const auto set = inner_function<setter>(b, "ggml_backend_set_abort_callback"); set && b.inner) {
+        set(b.inner, b.abort, b.abort_data);
+    }
+}
+
+void make_inner(gear_backend & b) {
+    b.inner = abi::ggml().ggml_backend_dev_init(b.device->inner(), nullptr);
+    if (!b.inner) {
+        fail(GEAR_ERROR_INTERNAL, "the wrapped ggml device could not make a backend");
+    }
+}
+
 // Run nodes on the wrapped backend, as a graph that shares everything else with `like`.
 int run_nodes(gear_backend & b, const abi::cgraph & like, abi::tensor ** nodes, int n) {
+    if (n == 0) {
+        return abi::graph_success;
+    }
+    if (!b.inner) {
+        make_inner(b);
+        pass_threads(b);
+        pass_abort(b);
+    }
     abi::cgraph shadow = like;
     shadow.nodes       = nodes;
     shadow.n_nodes     = n;
-    return n ? b.inner->iface.graph_compute(b.inner, &shadow) : abi::graph_success;
+    try {
+        return b.inner->iface.graph_compute(b.inner, &shadow);
+    } catch (...) {
+        // Memory was short. ggml's CPU backend (0.25.3) has freed its work space before it asked for more, and would free it again: it is left alone
+        // from here on, which costs its few bytes.
+        b.inner = nullptr;
+        throw;
+    }
 }
 
 // The K-shift of a GEAR cache: only tiles with a shifted cell, each through ggml's own ROPE on a copy of its rows.
@@ -360,7 +408,9 @@ const char * get_name(abi::backend * backend) {
 void free_backend(abi::backend * backend) {
     gear_backend & b = self(backend);
     b.device->count_scratch(-(int64_t) (b.scratch_bytes + b.pack_bytes));
-    abi::ggml().ggml_backend_free(b.inner);
+    if (b.inner) {
+        abi::ggml().ggml_backend_free(b.inner);
+    }
     delete &b;
 }
 
@@ -375,25 +425,14 @@ int graph_compute(abi::backend * backend, abi::cgraph * graph) {
     return result;
 }
 
-// A function of the wrapped backend's registry, by name.
-template <class F> F inner_function(const gear_backend & b, const char * name) {
-    F      function = nullptr;
-    void * address  = abi::ggml().ggml_backend_reg_get_proc_address(abi::ggml().ggml_backend_dev_backend_reg(b.device->inner()), name);
-    memcpy(&function, &address, sizeof function);
-    return function;
-}
-
 } // namespace
 
 abi::backend * make_backend(kv_device & device) {
     std::unique_ptr<gear_backend> b;
-    abi::backend *                inner  = nullptr;
     const gear_status             status = guarded([&] {
-        b     = std::make_unique<gear_backend>();
-        inner = abi::ggml().ggml_backend_dev_init(device.inner(), nullptr);
-        if (!inner) {
-            fail(GEAR_ERROR_INTERNAL, "the wrapped ggml device could not make a backend");
-        }
+        b         = std::make_unique<gear_backend>();
+        b->device = &device;
+        make_inner(*b);
     });
     if (status != GEAR_OK) {
         device.set_error(status, gear_last_error());
@@ -406,8 +445,6 @@ abi::backend * make_backend(kv_device & device) {
     b->base.iface.graph_compute = graph_compute;
     b->base.dev                 = device.ggml_device();
     b->base.context             = b.get();
-    b->device                   = &device;
-    b->inner                    = inner;
     return &b.release()->base;
 }
 
@@ -416,20 +453,14 @@ bool is_gear_backend(const abi::backend * backend) {
 }
 
 void set_backend_threads(abi::backend * backend, int n_threads) {
-    gear_backend & b = self(backend);
-    b.n_threads      = n_threads;
-    using setter     = void (*)(abi::backend *, int);
-    if (const auto set = inner_function<setter>(b, "ggml_backend_set_n_threads")) {
-        set(b.inner, n_threads);
-    }
+    self(backend).n_threads = n_threads;
+    pass_threads(self(backend));
 }
 
 void set_backend_abort(abi::backend * backend, abi::abort_callback callback, void * data) {
-    gear_backend & b = self(backend);
-    using setter     = void (*)(abi::backend *, abi::abort_callback, void *);
-    if (const auto set = inner_function<setter>(b, "ggml_backend_set_abort_callback")) {
-        set(b.inner, callback, data);
-    }
+    self(backend).abort      = callback;
+    self(backend).abort_data = data;
+    pass_abort(self(backend));
 }
 
 } // namespace gear

@@ -92,6 +92,9 @@ struct device_tables {
         kv_device &       self   = of(type);
         abi::buffer *     buffer = nullptr;
         const gear_status status = guarded([&] {
+            if (std::exchange(kv_device::lost_sizes_, nullptr) == &self) {
+                throw std::bad_alloc();
+            }
             if (type == &self.type_ && self.take_sizes(size)) {
                 buffer = self.cuda_ ? self.cuda_->make_cache_buffer(size) : kv_buffer::make(self, size);
                 return;
@@ -149,6 +152,8 @@ struct device_tables {
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Life
 // ---------------------------------------------------------------------------------------------------------------------------------------------
+
+thread_local const kv_device * kv_device::lost_sizes_ = nullptr;
 
 namespace {
 
@@ -259,6 +264,13 @@ std::shared_ptr<const tile_codec> kv_device::make_codec(const store_shape & shap
     return codec;
 }
 
+size_t kv_device::tile_bytes(const store_shape & shape) const {
+    if ((shape.side == GEAR_SIDE_K ? config_.k : config_.v).bits == 16) {
+        return 0;
+    }
+    return callback ? callback_tile_codec::tile_bytes(config_, shape.d_head) : (size_t) make_layout(config_, shape.side, shape.d_head).part.bytes;
+}
+
 bool kv_device::is_window(int64_t n_cell) const {
     const char * choice = getenv("GEARCPP_SMALL_CACHE"); // "store": no cache is too small (for tests)
     if (choice && strcmp(choice, "store") == 0) {
@@ -284,9 +296,7 @@ size_t kv_device::estimate(const abi::tensor * tensor, int il, gear_side side) c
             shape.d_head = tensor->ne[0] % 128 == 0 ? 128 : tensor->ne[0] % 64 == 0 ? 64 : 32;
             shape.n_head = (int) (tensor->ne[0] / shape.d_head);
         }
-        const tile_layout * layout;
-        const auto          codec = make_codec(shape, layout);
-        bytes                     = std::min(nominal, store::bytes(shape, codec.get()));
+        bytes = std::min(nominal, store::bytes(shape, tile_bytes(shape)));
     });
     return status == GEAR_OK ? padded(bytes, alignment_) : nominal;
 }

@@ -38,10 +38,13 @@ class kv_device {
     store_shape                       shape(int il, gear_side side, int64_t n_embd, int64_t n_cell, int n_stream, const observed_use & use) const;
     // A codec for one side of a layer; nullptr when that side is kept as f16. `layout` is set for GEAR's own codec.
     std::shared_ptr<const tile_codec> make_codec(const store_shape & shape, const tile_layout *& layout) const;
+    // Bytes of its tiles, without making one: 0 when that side is kept as f16.
+    size_t                            tile_bytes(const store_shape & shape) const;
     // A cache so small that the pool of exact rows would hold all of it.
     bool                              is_window(int64_t n_cell) const;
 
-    // Bytes to tell llama.cpp for a cache tensor.
+    // Bytes to tell llama.cpp for a cache tensor. The same at every call, because llama.cpp aborts when they grow between two of them: so nothing is
+    // allocated here, which could fail.
     size_t estimate(const abi::tensor * tensor, int il, gear_side side) const;
 
     void       set_error(gear_status status, const char * message) noexcept;
@@ -68,13 +71,16 @@ class kv_device {
     static kv_device & of(abi::device * device) { return *static_cast<kv_device *>(device->context); }
 
   private:
-    // Keep a size asked for; a lack of memory for that is kept as the device's error, for there is C code between here and whoever could catch it.
+    // Keep a size asked for. Where memory is short for that, the allocation that follows fails: it could not be told apart from others. Nothing is thrown,
+    // for there is C code between here and whoever could catch it.
     template <class F> void note(const abi::buffer_type * type, F && f) {
         const gear_status status = type == &type_ ? guarded(f) : GEAR_OK;
         if (status != GEAR_OK) {
+            lost_sizes_ = this;
             set_error(status, gear_last_error());
         }
     }
+    static thread_local const kv_device * lost_sizes_; // the device for which a size that this thread asked for was not kept, nullptr: none
 
     struct asked { // one cache tensor, or all other tensors asked for between two of them
         bool      is_cache;

@@ -72,15 +72,20 @@ struct callback_tile_codec::shared {
 };
 
 callback_tile_codec::callback_tile_codec(const gear_config & config, int il, gear_side side, int d_head, gear_codec_callback callback, void * user)
-    : n_token_(config.tile), il_(il), d_head_(d_head), side_(side), callback_(callback), user_(user), shared_(std::make_shared<shared>()) {}
+    : n_token_(config.tile), il_(il), d_head_(d_head), tile_bytes_(tile_bytes(config, d_head)), side_(side), callback_(callback), user_(user),
+      shared_(std::make_shared<shared>()) {}
 
 double callback_tile_codec::counted_bytes() const {
     std::lock_guard<std::mutex> guard(shared_->lock);
     return shared_->bytes;
 }
 
+size_t callback_tile_codec::tile_bytes(const gear_config & config, int d_head) {
+    return ((size_t) config.tile * d_head * sizeof(uint16_t) + tile_align - 1) / tile_align * tile_align;
+}
+
 size_t callback_tile_codec::tile_bytes() const {
-    return ((size_t) n_token_ * d_head_ * sizeof(uint16_t) + tile_align - 1) / tile_align * tile_align;
+    return tile_bytes_;
 }
 
 // The cells and the reconstruction that the callback is given.

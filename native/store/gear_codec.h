@@ -33,17 +33,19 @@ class gear_tile_codec final : public tile_codec {
 class callback_tile_codec final : public tile_codec {
   public:
     callback_tile_codec(const gear_config & config, int il, gear_side side, int d_head, gear_codec_callback callback, void * user);
-    double   counted_bytes() const; // sum over the tiles packed
-    size_t   tile_bytes() const override;
-    size_t   scratch_bytes() const override;
-    bool     pack(int head, int64_t first_cell, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const override;
-    void     unpack(const uint8_t * tile, float * x, void * scratch) const override;
-    uint64_t format() const override { return 1; } // no checksum of numbers: of a callback's tiles nothing is known but that they are f16
+    double        counted_bytes() const; // sum over the tiles packed
+    static size_t tile_bytes(const gear_config & config, int d_head);
+    size_t        tile_bytes() const override;
+    size_t        scratch_bytes() const override;
+    bool          pack(int head, int64_t first_cell, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const override;
+    void          unpack(const uint8_t * tile, float * x, void * scratch) const override;
+    uint64_t      format() const override { return 1; } // no checksum of numbers: of a callback's tiles nothing is known but that they are f16
 
   private:
     bool all_finite(const uint16_t * xhat, const uint8_t * written) const;
 
     int                 n_token_, il_, d_head_;
+    size_t              tile_bytes_;
     gear_side           side_;
     gear_codec_callback callback_;
     void *              user_;

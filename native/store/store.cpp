@@ -45,16 +45,16 @@ int64_t n_row_of(const store_shape & shape, bool has_codec, int64_t n_ubatch) {
     return has_codec ? std::min(shape.n_cell, (wanted + pool_step - 1) / pool_step * pool_step) : shape.n_cell;
 }
 
-bool packs(const store_shape & shape, const tile_codec * codec) {
-    return codec && (int64_t) shape.n_sink + shape.n_tail < shape.n_cell;
+bool packs(const store_shape & shape, size_t tile_bytes) {
+    return tile_bytes > 0 && (int64_t) shape.n_sink + shape.n_tail < shape.n_cell;
 }
 
 size_t row_bytes(const store_shape & shape) {
     return (size_t) shape.n_embd() * sizeof(uint16_t);
 }
 
-size_t tiles_bytes(const store_shape & shape, const tile_codec * codec) {
-    return packs(shape, codec) ? (size_t) shape.n_stream * n_tile_of(shape.n_cell, shape.tile) * shape.n_head * codec->tile_bytes() : 0;
+size_t tiles_bytes(const store_shape & shape, size_t tile_bytes) {
+    return packs(shape, tile_bytes) ? (size_t) shape.n_stream * n_tile_of(shape.n_cell, shape.tile) * shape.n_head * tile_bytes : 0;
 }
 
 size_t table_bytes(const store_shape & shape, int64_t n_row) {
@@ -71,6 +71,12 @@ void check_shape(const store_shape & shape) {
              "layer %d %s: no store has %d heads of %d channels, %lld cells in %d streams, tiles of %d, tail %d, sinks %d, writes of %d rows", shape.il,
              side_name[shape.side], shape.n_head, shape.d_head, (long long) shape.n_cell, shape.n_stream, shape.tile, shape.n_tail, shape.n_sink,
              shape.n_ubatch);
+    }
+    // So far no number of bytes below can overflow.
+    constexpr double most_elements = (double) ((int64_t) 1 << 54);
+    if (shape.n_head > INT32_MAX / shape.d_head || (double) shape.n_stream * (double) shape.n_cell * shape.n_embd() > most_elements) {
+        fail(GEAR_ERROR_MEMORY, "layer %d %s: %d heads of %d channels with %lld cells in %d streams are more than any machine has memory for", shape.il,
+             side_name[shape.side], shape.n_head, shape.d_head, (long long) shape.n_cell, shape.n_stream);
     }
 }
 
@@ -574,7 +580,8 @@ store::store(const store_shape & shape, std::shared_ptr<const tile_codec> codec)
     check_shape(shape);
     char what[64];
     snprintf(what, sizeof what, "the %s cache of layer %d", side_name[shape.side], shape.il);
-    require_memory(bytes(shape, codec.get()), what);
+    const size_t tile_bytes = codec ? codec->tile_bytes() : 0;
+    require_memory(bytes(shape, tile_bytes), what);
 
     state & s    = *self;
     s.shape      = shape;
@@ -582,7 +589,7 @@ store::store(const store_shape & shape, std::shared_ptr<const tile_codec> codec)
     s.n_tile     = n_tile_of(shape.n_cell, shape.tile);
     s.n_row      = n_row_of(shape, codec != nullptr, shape.n_ubatch);
     s.n_row_most = shape.n_ubatch;
-    s.tiles      = mapping(tiles_bytes(shape, codec.get()));
+    s.tiles      = mapping(tiles_bytes(shape, tile_bytes));
     s.pool       = mapping(shape.n_stream * s.n_row * row_bytes(shape));
     s.streams.resize(shape.n_stream);
     for (stream_state & stream : s.streams) {
@@ -611,9 +618,9 @@ size_t store::scratch_bytes() const {
     return self->scratch_bytes();
 }
 
-size_t store::bytes(const store_shape & shape, const tile_codec * codec) {
-    const int64_t n_row = n_row_of(shape, codec != nullptr, shape.n_ubatch);
-    return tiles_bytes(shape, codec) + shape.n_stream * n_row * row_bytes(shape) + table_bytes(shape, n_row);
+size_t store::bytes(const store_shape & shape, size_t tile_bytes) {
+    const int64_t n_row = n_row_of(shape, tile_bytes > 0, shape.n_ubatch);
+    return tiles_bytes(shape, tile_bytes) + shape.n_stream * n_row * row_bytes(shape) + table_bytes(shape, n_row);
 }
 
 bool store::write(const team & t, int64_t n, const cell_source & cells, const row_source & rows) {

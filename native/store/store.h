@@ -122,8 +122,8 @@ class store {
     size_t              tile_bytes() const;
     int                 n_tile() const; // of a stream
 
-    // Memory that a store of this shape takes, without making one: what the plugin tells llama.cpp.
-    static size_t bytes(const store_shape & shape, const tile_codec * codec);
+    // Memory that a store of this shape takes, without making one: what the plugin tells llama.cpp.   tile_bytes: of a head's tile, 0: none are packed
+    static size_t bytes(const store_shape & shape, size_t tile_bytes);
     // Scratch of one thread while it packs or unpacks. It belongs to the thread and serves every store, so it counts once for a team, not once a store.
     size_t        scratch_bytes() const;
 

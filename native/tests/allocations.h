@@ -60,6 +60,8 @@ inline void release(void * memory) {
 
 } // namespace allocations
 
+#if !defined(ALLOCATIONS_ONLY_COUNTED)
+
 void * operator new(size_t bytes) {
     return allocations::counted(allocations::fails() ? nullptr : malloc(bytes ? bytes : 1));
 }
@@ -80,7 +82,7 @@ void operator delete(void * memory, size_t, std::align_val_t) noexcept {
     allocations::release(memory);
 }
 
-#if !defined(__SANITIZE_THREAD__) // which has to see mappings and threads itself
+#    if !defined(__SANITIZE_THREAD__) // which has to see mappings and threads itself
 
 // In the place of libc's, for this program's own calls.
 extern "C" __attribute__((visibility("default"))) void * mmap(void * address, size_t bytes, int protection, int flags, int file, off_t offset) noexcept {
@@ -105,4 +107,5 @@ extern "C" __attribute__((visibility("default"))) int pthread_create(pthread_t *
     return allocations::fails() ? EAGAIN : real(thread, attributes, f, argument);
 }
 
+#    endif
 #endif

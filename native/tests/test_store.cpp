@@ -408,12 +408,12 @@ void test_statistics() {
     CHECK(stats.bytes_exact == 3 * 64 * n_head * d_head * 2); // 4 + 16 + 8 + 32 rows, rounded up to 32
     CHECK(stats.bytes_f16 == 3 * shape.n_cell * n_head * d_head * 2);
     CHECK(stats.bits_per_element == 8.0);
-    CHECK(stats.bytes_tiles + stats.bytes_exact + stats.bytes_tables == (int64_t) store::bytes(shape, bytes.get()));
+    CHECK(stats.bytes_tiles + stats.bytes_exact + stats.bytes_tables == (int64_t) store::bytes(shape, bytes->tile_bytes()));
 
     const store f16(shape, nullptr);
     stats = f16.stats();
     CHECK(stats.kind == 3 && stats.bytes_tiles == 0 && stats.bytes_exact == stats.bytes_f16 && stats.bits_per_element == 16.0);
-    CHECK(stats.bytes_exact + stats.bytes_tables == (int64_t) store::bytes(shape, nullptr));
+    CHECK(stats.bytes_exact + stats.bytes_tables == (int64_t) store::bytes(shape, 0));
 
     const store_shape all_tail = shape_of(10 * tile, 1, 10 * tile, 0, 8); // a tail as long as the context: nothing to pack
     const store       exact(all_tail, bytes);

@@ -8,16 +8,15 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version as _version
 from pkgutil import extend_path as _extend_path
 from typing import TYPE_CHECKING, Any
 
-from .config import PRESETS, GearConfig, KVType, normalize_kv_type
-from .errors import AbiError, ClosedError, CodecError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
-
 if TYPE_CHECKING:
+    __version__: str
     from .caches import GearDiskCache, GearRAMCache
+    from .config import PRESETS, GearConfig, KVType, normalize_kv_type
     from .convert import convert_model
+    from .errors import AbiError, ClosedError, CodecError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
     from .llama import Llama
     from .low_level import context_params, model_params
     from .model_info import ModelInfo, read_model_info
@@ -26,10 +25,11 @@ if TYPE_CHECKING:
 # Python started in a clone imports the sources there, which hide the installed package: what is built is found in the latter all the same.
 __path__ = _extend_path(__path__, __name__)
 
-__version__ = _version("gearcpp")
-
-# Imported when asked for: llama_cpp takes a second, and `gearcpp --help` does not need it.
+# Imported when asked for: llama_cpp takes a second, and `gearcpp --help` does not need it. Nothing at all is imported before, so that the command line is
+# there for Ctrl-C from the first moment on.
 _LAZY = {
+    **dict.fromkeys(("PRESETS", "GearConfig", "KVType", "normalize_kv_type"), "config"),
+    **dict.fromkeys(("AbiError", "ClosedError", "CodecError", "ConfigError", "DataError", "GearError", "OutOfMemoryError", "UnsupportedError"), "errors"),
     "GearDiskCache": "caches",
     "GearRAMCache": "caches",
     "GearState": "sessions",
@@ -68,6 +68,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gearcpp")
+    if name in ("config", "errors"):
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -99,6 +99,42 @@ def test_commands_of_the_chat(chat_model: Path, tmp_path: Path) -> None:
     assert notices.count("generation") == 3
 
 
+def test_a_session_is_taken_up_where_it_was_left(chat_model: Path, tmp_path: Path) -> None:
+    session = tmp_path / "talk.gear"
+    options = ["chat", "-m", chat_model, "--temp", "0", "-n", "4", "--session", session]
+    first = gearcpp(*options, stdin="One\n")
+    assert first.returncode == 0
+    assert f"(saved to {session}, " in first.stderr and "took up" not in first.stderr
+    second = gearcpp(*options, stdin="Two\n/exit\nThree\n")  # left by a command this time
+    assert second.returncode == 0
+    assert f"(took up {session}: 2 messages, " in second.stderr and f"(saved to {session}, " in second.stderr
+    third = gearcpp(*options, stdin="/regen\n")
+    assert f"(took up {session}: 4 messages, " in third.stderr
+    at_once = gearcpp(*options[:-2], stdin="One\nTwo\n")
+    assert first.stdout + second.stdout == at_once.stdout
+    assert third.stdout == second.stdout  # the same answer again
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.gear"]
+
+
+def test_a_session_in_which_nothing_was_said(chat_model: Path, tmp_path: Path) -> None:
+    options = ["chat", "-m", chat_model, "-n", "2", "--session", tmp_path / "talk.gear"]
+    assert gearcpp(*options).returncode == 0
+    done = gearcpp(*options, stdin="One\n/clear\n")
+    assert done.returncode == 0 and ": 0 messages, " in done.stderr
+
+
+def test_a_session_that_cannot_be_taken_up_is_left_alone(chat_model: Path, tmp_path: Path) -> None:
+    session = tmp_path / "talk.gear"
+    session.write_bytes(b"something else")
+    done = gearcpp("chat", "-m", chat_model, "--session", session, stdin="One\n")
+    assert done.returncode == 1
+    assert "generation" not in done.stderr and f"error: {session}: it is not a gearcpp session" in done.stderr
+    assert session.read_bytes() == b"something else"
+    for path, reason in ((tmp_path, "is a folder"), (tmp_path / "absent" / "talk.gear", f"there is no folder {tmp_path / 'absent'}")):
+        done = gearcpp("chat", "-m", chat_model, "--session", path, stdin="One\n")
+        assert done.returncode == 2 and reason in error_line(done)
+
+
 def test_paths_and_several_lines_are_messages(chat_model: Path) -> None:
     done = gearcpp("chat", "-m", chat_model, "-n", "1", stdin='/etc/passwd is a file\n"""one\ntwo"""\n')
     assert done.returncode == 0
@@ -275,6 +311,25 @@ def test_control_c_at_the_prompt_after_a_stopped_answer_leaves(endless: Terminal
     endless.wait_for(PROMPT)
     endless.type("\x03")
     assert endless.exit_code() == 130
+
+
+def test_a_session_is_saved_when_control_c_leaves(chat_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pty")
+    session = tmp_path / "talk.gear"
+    terminal = Terminal("chat", "-m", chat_model, "-n", "-1", "--temp", "0", "-c", "256", "--session", session)
+    try:
+        terminal.wait_for(PROMPT)
+        terminal.type("One\r")
+        terminal.wait_for("the context is full")
+        terminal.type("\x03")
+        terminal.wait_for("stopped | prompt")
+        terminal.wait_for(PROMPT)
+        terminal.type("\x03")
+        assert terminal.exit_code() == 130
+    finally:
+        terminal.close()
+    done = gearcpp("chat", "-m", chat_model, "-n", "2", "-c", "256", "--session", session)
+    assert f"(took up {session}: 2 messages, " in done.stderr
 
 
 def test_control_d_leaves_quietly(endless: Terminal) -> None:

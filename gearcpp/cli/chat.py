@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -33,9 +35,15 @@ def chat(
     min_p: options.MinP = 0.05,
     repeat_penalty: options.RepeatPenalty = 1.0,
     seed: options.Seed = None,
+    session: Annotated[
+        Path | None, typer.Option("--session", metavar="FILE", help="Take up this conversation if the file is there; save on leaving.")
+    ] = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Talk to a model (the bundled one, if none is named). /help lists what can be typed."""
+    if session:
+        session = session.expanduser()
+        _check_session(session)
     interrupt = Interrupt()
     with start.conversation(
         model=model,
@@ -52,7 +60,21 @@ def chat(
     ) as conversation:
         notice(model_line(conversation.llm))
         notice("/help lists the commands" if conversation.has_template else "no chat template: the model continues your text; /help lists the commands")
-        Chat(conversation, interrupt).run()
+        chat = Chat(conversation, interrupt)
+        if session:
+            chat.run_session(session)
+        else:
+            chat.run()
+
+
+def _check_session(path: Path) -> None:
+    """Say now what would only be found when the conversation is over and cannot be saved."""
+    if path.is_dir():
+        raise ConfigError(f"--session {path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--session {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--session {path}: nothing may be written to {path.parent}")
 
 
 class Chat:
@@ -86,6 +108,17 @@ class Chat:
                 continue
             self.interrupt.clear()
             self.handle(text)
+
+    def run_session(self, path: Path) -> None:
+        """Take up the conversation of a file, if it is there, and save it there however the user leaves. A file that cannot be taken up stays as it is."""
+        if path.exists():
+            self.load(str(path))
+        try:
+            self.run()
+        except (typer.Exit, KeyboardInterrupt):
+            self.save(str(path))
+            raise
+        self.save(str(path))
 
     def handle(self, text: str) -> None:
         """One message of the user."""

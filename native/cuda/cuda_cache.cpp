@@ -68,22 +68,37 @@ size_t cuda_worker::scratch_bytes() const {
 // The table
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-cache_table::cache_table(const api & with, const store_shape & like, bool has_tiles)
-    : with_(with), book_(like, has_tiles), place_(with, book_.places().size() * sizeof(int32_t)) {
-    require_ok(with, with.fill(place_.data(), 0xff, place_.size(), nullptr), "clearing the table of cells"); // place_absent
-    require_ok(with, with.wait_stream(nullptr), "clearing the table of cells");
-    for (slice & s : slices_) {
-        require_ok(with, with.make_event(&s.sent), "making an event");
+cache_table::slice::~slice() {
+    if (is_under) {
+        with->wait_event_host(sent);
+    }
+    if (sent) {
+        with->free_event(sent);
+    }
+    if (host) {
+        with->release_host(host);
     }
 }
 
-cache_table::~cache_table() {
+cache_table::cache_table(const api & with, const store_shape & like, bool has_tiles)
+    : with_(with), book_(like, has_tiles), place_(with, book_.places().size() * sizeof(int32_t)) {
+    make_slices();
+    require_ok(with, with.fill(place_.data(), 0xff, place_.size(), nullptr), "clearing the table of cells"); // place_absent
+    require_ok(with, with.wait_stream(nullptr), "clearing the table of cells");
+}
+
+cache_table::cache_table(cuda_worker & worker, const cache_table & other)
+    : with_(worker.with), book_(other.book_), place_(worker.with, other.place_.size()) {
+    make_slices();
+    require_ok(with_, with_.copy(place_.data(), other.place_.data(), place_.size(), worker.work), "copying the table of cells");
+}
+
+cache_table::~cache_table() = default;
+
+void cache_table::make_slices() {
     for (slice & s : slices_) {
-        if (s.is_under) {
-            with_.wait_event_host(s.sent);
-        }
-        with_.free_event(s.sent);
-        with_.release_host(s.host);
+        s.with = &with_;
+        require_ok(with_, with_.make_event(&s.sent), "making an event");
     }
 }
 
@@ -151,8 +166,8 @@ void cache_table::plan(cuda_worker & worker, int64_t step, int64_t n, const cell
     send(worker);
 }
 
-void cache_table::plan_flush(cuda_worker & worker) {
-    book_.flush(step_);
+void cache_table::plan_flush(cuda_worker & worker, bool full_only) {
+    book_.flush(step_, full_only);
     send(worker);
 }
 
@@ -170,6 +185,12 @@ void cache_table::clear(cuda_worker & worker) {
     book_.clear();
     step_ = {};
     require_ok(with_, with_.fill(place_.data(), 0xff, place_.size(), worker.work), "clearing the table of cells");
+}
+
+void cache_table::adopt(cuda_worker & worker, const store & rows) {
+    book_.adopt(rows, step_);
+    require_ok(with_, with_.fill(place_.data(), 0xff, place_.size(), worker.work), "clearing the table of cells");
+    send(worker);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -290,6 +311,155 @@ void cache_side::read(cuda_worker & worker, int64_t cell, int64_t n, uint16_t * 
         cell += part;
         n -= part;
         rows += part * n_embd;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// One layer alone
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+void cache_side::put(cuda_worker & worker, int64_t step, int64_t n, const int64_t * cells, const uint16_t * rows) {
+    const size_t row   = (size_t) shape_.n_embd() * sizeof(uint16_t);
+    uint8_t *    there = worker.partials((size_t) n * row);
+    require_ok(with_, with_.upload(there, rows, (size_t) n * row, worker.work), "filling the cache");
+    table_->plan(worker, step, n, { cells, sizeof(int64_t), true });
+    write(worker, n, there, (int64_t) row, true);
+    require_ok(with_, with_.wait_stream(worker.work), "filling the cache"); // the caller's rows may go
+}
+
+uint8_t * cache_side::tile_data(int stream, int64_t tile) const {
+    return tiles_->data() + ((size_t) stream * (size_t) table_->book().n_tile() + (size_t) tile) * (size_t) shape_.n_head * (size_t) layout_.part.bytes;
+}
+
+// The run's rows in `staging` have changed: exact ones go back to the pool, and tiles that held one of them are packed out of `staging`.
+void cache_side::update_run(cuda_worker & worker, const uint8_t * marked, int64_t first, int64_t n, const pack_job * jobs, const int32_t * source,
+                            int n_job, const uint16_t * staging) {
+    std::vector<int32_t> numbers((size_t) n, -1); // slots of the rows, then what `source` says of each tile
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t place = table_->book().places()[(size_t) (first + i)];
+        if (marked[first + i] && place >= 0) {
+            numbers[(size_t) i] = (int32_t) (first / shape_.n_cell * n_row_ + place);
+        }
+    }
+    for (int job = 0; job < n_job; ++job) {
+        for (int t = 0; t < shape_.tile; ++t) {
+            const int32_t from = source[(size_t) job * shape_.tile + t];
+            numbers.push_back(from < 0 ? from : (int32_t) (first_cell(jobs[job]) - first) + from);
+        }
+    }
+    const size_t       n_bytes = numbers.size() * sizeof(int32_t);
+    const device_block plan(with_, padded(n_bytes) + (size_t) n_job * sizeof(pack_job));
+    require_ok(with_, with_.upload(plan.data(), numbers.data(), n_bytes, worker.work), "sending a change of rows");
+    require_ok(with_, with_.upload(plan.data() + padded(n_bytes), jobs, (size_t) n_job * sizeof(pack_job), worker.work), "sending a change of rows");
+
+    write_arguments back = {};
+    back.side[0]         = { staging, shape_.n_embd() * (int64_t) sizeof(uint16_t), true, reinterpret_cast<uint16_t *>(pool_->data()), shape_.n_embd() };
+    back.slot[0]         = reinterpret_cast<const int32_t *>(plan.data());
+    back.n_side          = 1;
+    back.n               = (int32_t) n;
+    require_ok(with_, with_.write_rows(&back, worker.work), "changing rows");
+    if (n_job > 0) {
+        device_side side          = on_device();
+        side.pool                 = const_cast<uint16_t *>(staging);
+        side.n_row                = 0; // rows of any stream begin where `staging` does
+        const pack_arguments args = {
+            side, seed_, reinterpret_cast<const pack_job *>(plan.data() + padded(n_bytes)), back.slot[0] + n, n_job, worker.pack_scratch(layout_)
+        };
+        require_ok(with_, with_.pack(&args, worker.n_block, worker.work), "packing changed tiles");
+        n_pack_ += n_job;
+    }
+    require_ok(with_, with_.wait_stream(worker.work), "changing rows"); // what was sent goes
+}
+
+void cache_side::update(cuda_worker & worker, const uint8_t * marked, uint16_t * staging, int64_t most_tiles, const rewrite & f) {
+    ledger_step step;
+    table_->plan_update(marked, step);
+    const int  n_tile    = table_->book().n_tile();
+    const auto n_token   = [&](int tile) { return std::min<int64_t>(shape_.tile, shape_.n_cell - (int64_t) tile * shape_.tile); };
+    const auto is_marked = [&](int stream, int tile) {
+        const uint8_t * first = marked + stream * shape_.n_cell + (int64_t) tile * shape_.tile;
+        return std::any_of(first, first + n_token(tile), [](uint8_t mark) { return mark != 0; });
+    };
+    size_t job = 0; // jobs are in the order of tiles
+    for (int stream = 0; stream < shape_.n_stream; ++stream) {
+        for (int tile = 0; tile < n_tile;) {
+            const int begin = tile;
+            int64_t   n     = 0;
+            for (; tile < n_tile && tile - begin < most_tiles && is_marked(stream, tile); ++tile) {
+                n += n_token(tile);
+            }
+            if (n == 0) {
+                ++tile;
+                continue;
+            }
+            const int64_t          local = (int64_t) begin * shape_.tile, first = stream * shape_.n_cell + local;
+            const unpack_arguments args = { on_device(), stream, (int32_t) local, (int32_t) n, staging };
+            require_ok(with_, with_.unpack(&args, worker.work), "unpacking rows");
+            f(first, n, staging);
+            size_t last = job;
+            while (last < step.jobs.size() && step.jobs[last].stream == stream && step.jobs[last].tile < tile) {
+                ++last;
+            }
+            update_run(worker, marked, first, n, step.jobs.data() + job, step.source.data() + job * (size_t) shape_.tile, (int) (last - job), staging);
+            job = last;
+        }
+    }
+}
+
+std::unique_ptr<store> cache_side::to_store(cuda_worker & worker, std::shared_ptr<const tile_codec> codec) const {
+    const store & book  = table_->book().book();
+    store_shape   like  = shape_;
+    like.n_ubatch       = (int) std::max<int64_t>(like.n_ubatch, table_->book().n_row() - like.n_sink - like.n_tail - like.tile);
+    auto         made   = std::make_unique<store>(like, std::move(codec));
+    const size_t n_embd = (size_t) shape_.n_embd(), of_tile = (size_t) shape_.n_head * (size_t) layout_.part.bytes;
+    const auto   get = [&](void * to, const uint8_t * from, size_t bytes) {
+        require_ok(with_, with_.download(to, from, bytes, worker.work), "reading the cache");
+        require_ok(with_, with_.wait_stream(worker.work), "reading the cache");
+    };
+    std::vector<uint8_t>  heads;
+    std::vector<uint16_t> pool((size_t) n_row_ * n_embd);
+    for (int stream = 0; stream < shape_.n_stream; ++stream) {
+        for (int tile = 0; tile < book.n_tile(); ++tile) {
+            const tile_view view = book.view(stream, tile);
+            if (view.packed) {
+                heads.resize(of_tile);
+                get(heads.data(), tile_data(stream, tile), of_tile);
+                made->put_tile(stream, tile, view.in_tile, heads.data());
+            }
+        }
+        get(pool.data(), pool_->data() + (size_t) stream * pool.size() * sizeof(uint16_t), pool.size() * sizeof(uint16_t));
+        for (const exact_cell & e : book.exact_cells(stream)) {
+            made->put_row(stream, e, pool.data() + (size_t) table_->book().places()[(size_t) (stream * shape_.n_cell + e.cell)] * n_embd);
+        }
+        made->put_clock(stream, book.clock(stream));
+    }
+    return made;
+}
+
+void cache_side::adopt(cuda_worker & worker, const store & rows) {
+    if (rows.shape().n_embd() != shape_.n_embd() || rows.tile_bytes() != (has_tiles_ ? (size_t) layout_.part.bytes : 0)) {
+        fail(GEAR_ERROR_INTERNAL, "layer %d: a store of another shape cannot take the place of a cache", shape_.il);
+    }
+    table_->adopt(worker, rows);
+    grow(worker);
+    const size_t          n_embd = (size_t) shape_.n_embd(), of_tile = (size_t) shape_.n_head * (size_t) layout_.part.bytes;
+    std::vector<uint16_t> pool((size_t) n_row_ * n_embd);
+    for (int stream = 0; stream < shape_.n_stream; ++stream) {
+        for (int tile = 0; tile < rows.n_tile(); ++tile) {
+            const tile_view view = rows.view(stream, tile);
+            if (view.packed) {
+                require_ok(with_, with_.upload(tile_data(stream, tile), view.packed, of_tile, worker.work), "filling the cache");
+            }
+            for (int t = 0; t < view.n_token; ++t) {
+                const int32_t place = table_->book().places()[(size_t) (stream * shape_.n_cell + (int64_t) tile * shape_.tile + t)];
+                if (view.slot[t] >= 0) {
+                    memcpy(pool.data() + (size_t) place * n_embd, rows.row(stream, view.slot[t]), n_embd * sizeof(uint16_t));
+                }
+            }
+        }
+        const size_t bytes = pool.size() * sizeof(uint16_t);
+        require_ok(with_, with_.upload(pool_->data() + (size_t) stream * bytes, pool.data(), bytes, worker.work), "filling the cache");
+        require_ok(with_, with_.wait_stream(worker.work), "filling the cache"); // `pool` is used again
     }
 }
 

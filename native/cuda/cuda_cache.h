@@ -9,6 +9,7 @@
 #include "cuda/api.h"
 #include "cuda/ledger.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -65,16 +66,21 @@ class cuda_worker {
 class cache_table {
   public:
     cache_table(const api & with, const store_shape & like, bool has_tiles);
+    // One that says the same, for a layer that goes its own way.
+    cache_table(cuda_worker & worker, const cache_table & other);
     ~cache_table();
     cache_table(const cache_table &)             = delete;
     cache_table & operator=(const cache_table &) = delete;
 
     // Plan a write and send the plan on its way. Layers that write the same cells in the same step plan once: `step` is the step's number, from 1 on.
     void plan(cuda_worker & worker, int64_t step, int64_t n, const cell_source & cells);
-    void plan_flush(cuda_worker & worker);
+    void plan_flush(cuda_worker & worker, bool full_only = false);
     void plan_erase(cuda_worker & worker, int64_t cell, int64_t n);
     void plan_copy(cuda_worker & worker, int from, int to);
     void clear(cuda_worker & worker);
+    void adopt(cuda_worker & worker, const store & rows); // says what the store says
+    // The tiles to be packed again when the marked rows change in place (ledger::update); nothing is sent.
+    void plan_update(const uint8_t * marked, ledger_step & step) { book_.update(marked, step); }
 
     // Of the last plan, in device memory; until the next one.
     const pack_job * jobs() const { return jobs_; }
@@ -88,12 +94,15 @@ class cache_table {
 
   private:
     struct slice { // what one plan takes with it; used by turns
+        ~slice();
+        const api *                   with  = nullptr;
         void *                        host  = nullptr;
         size_t                        bytes = 0;
         std::unique_ptr<device_block> device;
         event                         sent     = nullptr;
         bool                          is_under = false; // `sent` was recorded
     };
+    void make_slices();
     void send(cuda_worker & worker);
 
     static constexpr int n_slice = 8;
@@ -122,6 +131,20 @@ class cache_side {
     // Rows as f16 to the host, which waits.
     void read(cuda_worker & worker, int64_t cell, int64_t n, uint16_t * rows);
 
+    // What happens to one layer alone. Its table must be its own: no other side's (table_of_its_own).
+    void table_of_its_own(std::shared_ptr<cache_table> table) { table_ = std::move(table); } // one that agrees with the present one
+
+    // Rows f16 from the host go to cells; those of zeros are written like any other.
+    void put(cuda_worker & worker, int64_t step, int64_t n, const int64_t * cells, const uint16_t * rows);
+    // Change rows in place (the K-shift): for each run of tiles with a marked cell, at most most_tiles, f gets their rows, f16 [n, n_embd] in `staging` in
+    // device memory, and the run's first global cell, and has what it does done before the worker's stream goes on. As store::update otherwise.
+    //   marked u8 [n_stream * n_cell], staging [most_tiles * tile, n_embd]
+    using rewrite = std::function<void(int64_t first_cell, int64_t n, uint16_t * rows)>;
+    void                   update(cuda_worker & worker, const uint8_t * marked, uint16_t * staging, int64_t most_tiles, const rewrite & f);
+    // All of it as a store on the host, bit for bit; and the other way round. The host waits. codec: of its tiles, nullptr when it has none.
+    std::unique_ptr<store> to_store(cuda_worker & worker, std::shared_ptr<const tile_codec> codec) const;
+    void                   adopt(cuda_worker & worker, const store & rows);
+
     device_side         on_device() const;
     const store_shape & shape() const { return shape_; }
     cache_table &       table() const { return *table_; }
@@ -129,7 +152,11 @@ class cache_side {
     static size_t       bytes(const store_shape & shape, const tile_layout * layout, int64_t n_row);
 
   private:
-    void grow(cuda_worker & worker);
+    void      grow(cuda_worker & worker);
+    void      update_run(cuda_worker & worker, const uint8_t * marked, int64_t first, int64_t n, const pack_job * jobs, const int32_t * source, int n_job,
+                         const uint16_t * staging);
+    int64_t   first_cell(const pack_job & job) const { return job.stream * shape_.n_cell + (int64_t) job.tile * shape_.tile; }
+    uint8_t * tile_data(int stream, int64_t tile) const;
 
     const api &                   with_;
     store_shape                   shape_;

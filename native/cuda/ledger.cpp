@@ -24,27 +24,30 @@ class ledger::scribe final : public tile_codec {
         const tile_view view = book->view(stream, index);
         step->jobs.push_back({ stream, index });
         for (int t = 0; t < n_token; ++t) {
-            step->source.push_back(!written[t] ? place_absent : kept && kept[t] ? place_packed : view.slot[t]);
+            step->source.push_back(!written[t] ? place_absent : kept && kept[t] ? place_packed : is_update ? t : view.slot[t]);
         }
         return true;
     }
 
-    const store * book    = nullptr;
-    ledger_step * step    = nullptr;
-    int           n_token = 0;
+    const store * book      = nullptr;
+    ledger_step * step      = nullptr;
+    int           n_token   = 0;
+    bool          is_update = false;
 };
+
+void ledger::make_book(const store_shape & shape) {
+    book_ = std::make_unique<store>(shape, scribe_);
+    if (scribe_) {
+        scribe_->book    = book_.get();
+        scribe_->n_token = shape.tile;
+    }
+}
 
 ledger::ledger(const store_shape & like, bool has_tiles) {
     store_shape shape = like;
     shape.n_head = shape.d_head = 1;
-    if (has_tiles) {
-        scribe_ = std::make_shared<scribe>();
-    }
-    book_ = std::make_unique<store>(shape, scribe_);
-    if (has_tiles) {
-        scribe_->book    = book_.get();
-        scribe_->n_token = shape.tile;
-    }
+    scribe_                     = has_tiles ? std::make_shared<scribe>() : nullptr;
+    make_book(shape);
     const size_t n_tile = (size_t) shape.n_stream * book_->n_tile();
     places_.assign((size_t) (shape.n_stream * shape.n_cell), place_absent);
     n_exact_.assign(shape.n_stream, 0);
@@ -52,6 +55,17 @@ ledger::ledger(const store_shape & like, bool has_tiles) {
     n_packed_of_.assign(n_tile, 0);
     is_touched_.assign(n_tile, 0);
     count_rows();
+}
+
+ledger::ledger(const ledger & other) : ledger(other.shape(), other.scribe_ != nullptr) {
+    for (int stream = 0; stream < shape().n_stream; ++stream) {
+        book_->copy_stream(stream, *other.book_, stream); // slots stay what they are
+    }
+    count_rows();
+    places_      = other.places_;
+    n_exact_     = other.n_exact_;
+    n_exact_of_  = other.n_exact_of_;
+    n_packed_of_ = other.n_packed_of_;
 }
 
 ledger::~ledger() = default;
@@ -161,13 +175,13 @@ void ledger::write(int64_t n, const cell_source & cells, ledger_step & step) {
     step.n_row = n_row_;
 }
 
-void ledger::flush(ledger_step & step) {
+void ledger::flush(ledger_step & step, bool full_only) {
     step = {};
     if (scribe_) {
         scribe_->step = &step;
     }
     barrier sync;
-    if (!book_->flush({ 0, 1, &sync })) {
+    if (!book_->flush({ 0, 1, &sync }, full_only)) {
         throw error(book_->status(), book_->message());
     }
     for (int stream = 0; stream < shape().n_stream; ++stream) {
@@ -194,6 +208,80 @@ void ledger::copy_stream(int from, int to, ledger_step & step) {
     count_rows();
     note_stream(to, true, step);
     step.n_row = n_row_;
+}
+
+// No place changes: exact rows stay where they are, and packed ones stay packed.
+void ledger::update(const uint8_t * marked, ledger_step & step) {
+    step = {};
+    if (scribe_) {
+        scribe_->step      = &step;
+        scribe_->is_update = true;
+    }
+    book_->update(marked, [](int64_t, int, uint16_t *) {});
+    if (scribe_) {
+        scribe_->is_update = false;
+    }
+    step.n_row = n_row_;
+}
+
+void ledger::adopt(const store & rows, ledger_step & step) {
+    const store_shape & from = rows.shape();
+    if (from.n_cell != shape().n_cell || from.n_stream != shape().n_stream || from.tile != shape().tile || (rows.has_tiles() && !book_->has_tiles())) {
+        fail(GEAR_ERROR_INTERNAL, "layer %d: a book of %lld cells cannot be that of a store of %lld", from.il, (long long) shape().n_cell,
+             (long long) from.n_cell);
+    }
+    int64_t most = 0;
+    for (int stream = 0; stream < from.n_stream; ++stream) {
+        most = std::max(most, rows.room(stream) + (int64_t) rows.exact_cells(stream).size());
+    }
+    store_shape like = shape();
+    like.n_ubatch    = (int) std::max<int64_t>(like.n_ubatch, most - like.n_sink - like.n_tail - like.tile); // room for as many rows
+    make_book(like);
+    count_rows();
+    clear();
+    const std::vector<uint8_t> nothing(tile_align);
+    const uint16_t             row = 0;
+    step                           = {};
+    for (int stream = 0; stream < from.n_stream; ++stream) {
+        for (int tile = 0; tile < rows.n_tile(); ++tile) {
+            const tile_view view = rows.view(stream, tile);
+            if (view.packed) {
+                book_->put_tile(stream, tile, view.in_tile, nothing.data());
+            }
+        }
+        for (const exact_cell & e : rows.exact_cells(stream)) {
+            book_->put_row(stream, e, &row);
+        }
+        book_->put_clock(stream, rows.clock(stream));
+        note_stream(stream, true, step);
+    }
+    step.n_row = n_row_;
+}
+
+bool ledger::is_empty() const {
+    return std::all_of(places_.begin(), places_.end(), [](int32_t place) { return place == place_absent; });
+}
+
+bool ledger::agrees(const ledger & other) const {
+    const store_shape &a = shape(), &b = other.shape();
+    if (a.n_cell != b.n_cell || a.n_stream != b.n_stream || a.tile != b.tile || a.n_tail != b.n_tail || a.n_sink != b.n_sink || n_row_ != other.n_row_ ||
+        book_->has_tiles() != other.book_->has_tiles() || places_ != other.places_) {
+        return false;
+    }
+    for (int stream = 0; stream < a.n_stream; ++stream) {
+        const auto mine = book_->exact_cells(stream), theirs = other.book_->exact_cells(stream);
+        const auto is_same = [](const exact_cell & x, const exact_cell & y) { return x.cell == y.cell && x.written_at == y.written_at; };
+        if (book_->clock(stream) != other.book_->clock(stream) || !std::equal(mine.begin(), mine.end(), theirs.begin(), theirs.end(), is_same)) {
+            return false;
+        }
+        for (int tile = 0; tile < n_tile(); ++tile) { // what lies under exact rows is not in the places
+            const tile_view x = book_->view(stream, tile), y = other.book_->view(stream, tile);
+            if (!std::equal(x.in_tile, x.in_tile + x.n_token, y.in_tile)) {
+                return false;
+            }
+        }
+    }
+    return true;
 }
 
 void ledger::clear() {

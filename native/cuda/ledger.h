@@ -26,14 +26,27 @@ class ledger {
   public:
     // heads and channels of `like` do not matter. has_tiles false: every row is exact.
     ledger(const store_shape & like, bool has_tiles);
+    ledger(const ledger & other);
+    ledger & operator=(const ledger &) = delete;
     ~ledger();
 
     // Rows go to these cells. Throws gear::error; then nothing has changed.
     void write(int64_t n, const cell_source & cells, ledger_step & step);
-    void flush(ledger_step & step);
+    void flush(ledger_step & step, bool full_only = false);
     void erase(int64_t cell, int64_t n, ledger_step & step);
     void copy_stream(int from, int to, ledger_step & step);
     void clear();
+
+    // Rows are to be changed in place (store::update): the tiles to pack again. In `source` a row that is coded anew is given by its index in its tile.
+    //   marked u8 [n_stream * n_cell]
+    void          update(const uint8_t * marked, ledger_step & step);
+    // The book of a store of this shape; `step` says where each of its exact rows lies from now on.
+    void          adopt(const store & rows, ledger_step & step);
+    bool          is_empty() const;
+    // Whether both say the same of every cell and will go on to say so: what lies in memory by one of them can go by the other.
+    bool          agrees(const ledger & other) const;
+    // The store of which this is the book, of one head of one channel.
+    const store & book() const { return *book_; }
 
     const store_shape &          shape() const;
     int                          n_tile() const;
@@ -43,6 +56,7 @@ class ledger {
 
   private:
     class scribe;
+    void make_book(const store_shape & shape);
     void note_tile(int stream, int tile, ledger_step & step);
     void note_stream(int stream, bool all, ledger_step & step);
     void count_rows();

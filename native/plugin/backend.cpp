@@ -5,6 +5,7 @@
 #include "attention/attention.h"
 #include "common/error.h"
 #include "plugin/attention_node.h"
+#include "plugin/cache_node.h"
 #include "plugin/device.h"
 
 #include <algorithm>
@@ -20,40 +21,6 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // What ops do with cache tensors
 // ---------------------------------------------------------------------------------------------------------------------------------------------
-
-bool is_view_op(int op) {
-    const abi::numbers & number = abi::number();
-    return op == number.op_none || op == number.op_view || op == number.op_reshape || op == number.op_permute || op == number.op_transpose;
-}
-
-// SET_ROWS of whole rows: cells from src[1], rows from src[0].
-bool is_row_write(const abi::tensor * op, const cache_tensor & tensor) {
-    const abi::numbers & number = abi::number();
-    const abi::tensor *  rows = op->src[0], *cells = op->src[1];
-    return op->op == number.op_set_rows && op->ne[0] == tensor.n_embd && op->ne[2] == 1 && op->ne[3] == 1 && op->view_offs == 0 && rows->ne[2] == 1 &&
-           rows->ne[3] == 1 && (rows->type == number.type_f32 || rows->type == number.type_f16) &&
-           (cells->type == number.type_i64 || cells->type == number.type_i32);
-}
-
-// The [d_head, n_kv, n_head_kv, n_stream] view that attention reads the cache through, from some stream on.
-bool is_attention_view(const abi::tensor * view, const cache_tensor & tensor) {
-    const size_t row = (size_t) tensor.row_bytes(), stream = row * (size_t) tensor.n_cell;
-    return view->ne[0] * view->ne[2] == tensor.n_embd && view->nb[0] == 2 && view->nb[1] == row && view->nb[2] == (size_t) view->ne[0] * 2 &&
-           view->ne[1] <= tensor.n_cell && (view->ne[3] == 1 || view->nb[3] == stream) && view->view_offs % stream == 0;
-}
-
-bool is_attention(const abi::tensor * op, const cache_tensor * k, const cache_tensor * v) {
-    return op->op == abi::number().op_flash_attn && k && v && k != v && k->side == GEAR_SIDE_K && v->side == GEAR_SIDE_V &&
-           is_attention_view(op->src[1], *k) && is_attention_view(op->src[2], *v) && op->src[0]->type == abi::number().type_f32;
-}
-
-// The K-shift: ROPE in place over all cells.
-bool is_shift(const abi::tensor * op, const cache_tensor & tensor) {
-    const abi::tensor * rows = op->src[0];
-    return op->op == abi::number().op_rope && tensor.side == GEAR_SIDE_K && kv_buffer::find(op) == &tensor && rows->nb[2] == (size_t) tensor.row_bytes() &&
-           rows->ne[2] == tensor.n_cell * tensor.n_stream && rows->ne[3] == 1 && op->src[1]->type == abi::number().type_i32 &&
-           op->src[1]->ne[0] == rows->ne[2];
-}
 
 cache_tensor * cache_of(const abi::tensor * source) {
     return source ? kv_buffer::find(source) : nullptr;
@@ -79,7 +46,7 @@ bool observe(const abi::tensor * op) {
         } else if ((i == 1 || i == 2) && is_attention(op, cache_of(op->src[1]), cache_of(op->src[2]))) {
             use.d_head = (int) op->src[i]->ne[0];
             use.n_head = (int) op->src[i]->ne[2];
-        } else if (!(i == 0 && is_shift(op, *tensor)) && use.other.empty()) {
+        } else if (!(i == 0 && is_shift(op, *tensor, kv_buffer::find(op))) && use.other.empty()) {
             use.other = abi::ggml().ggml_op_name(op->op);
         }
     }
@@ -248,18 +215,11 @@ int run_shift(gear_backend & b, const abi::cgraph & graph, const abi::tensor * n
     }
     int status = abi::graph_success;
     tensor.rows->update(marked.data(), [&](int64_t first_cell, int n_token, uint16_t * rows) {
-        abi::tensor part = *node->src[0], positions = *node->src[1], rotated = *node;
-        part.ne[2] = rotated.ne[2] = positions.ne[0] = n_token;
-        part.view_src = positions.view_src = nullptr;
-        part.buf = positions.buf = rotated.buf = nullptr;
-        part.data = rotated.data = reinterpret_cast<char *>(rows) + node->src[0]->view_offs % (size_t) tensor.row_bytes();
-        positions.data           = const_cast<int32_t *>(shift) + first_cell;
-        rotated.src[0]           = &part;
-        rotated.src[1]           = &positions;
-        rotated.view_src         = &part;
-        abi::tensor * nodes[1]   = { &rotated };
-        const int     result     = run_nodes(b, graph, nodes, 1);
-        status                   = result != abi::graph_success ? result : status;
+        part_of_shift part;
+        part.make(node, (size_t) tensor.row_bytes(), first_cell, n_token, rows, nullptr);
+        abi::tensor * nodes[1] = { &part.rotated };
+        const int     result   = run_nodes(b, graph, nodes, 1);
+        status                 = result != abi::graph_success ? result : status;
     });
     return status;
 }

@@ -3,19 +3,25 @@
 #include "common/error.h"
 #include "cuda/loader.h"
 #include "plugin/attention_node.h"
+#include "plugin/cache_bytes.h"
+#include "plugin/cache_node.h"
 #include "plugin/device.h"
 #include "plugin/kv_buffer.h"
+#include "plugin/kv_session.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <unordered_map>
+#include <utility>
 
 namespace gear {
 
 namespace {
 
-constexpr int flag_compute = 16; // GGML_TENSOR_FLAG_COMPUTE
+constexpr int     flag_compute  = 16;                 // GGML_TENSOR_FLAG_COMPUTE
+constexpr int64_t shifted_bytes = (int64_t) 32 << 20; // of rows that the K-shift has unpacked at once
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Cell indices on their way to the device
@@ -23,7 +29,7 @@ constexpr int flag_compute = 16; // GGML_TENSOR_FLAG_COMPUTE
 
 // What llama.cpp last uploaded to a tensor of indices, by tensor. Tensors of graphs that are gone stay until their address is used again.
 struct uploads {
-    static constexpr size_t most_bytes   = (size_t) 1 << 20; // indices are of one step
+    static constexpr size_t most_bytes   = (size_t) 1 << 24; // indices are of one step, those of a K-shift of all cells
     static constexpr size_t most_tensors = (size_t) 1 << 14;
 
     std::mutex                                                 lock;
@@ -73,15 +79,14 @@ void watched_set_tensor(abi::buffer * buffer, abi::tensor * tensor, const void *
 // Cache tensors
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-struct cuda_tensor {
+struct cuda_tensor final : session_tensor {
     cuda_tensor(const abi::tensor * tensor, int il, gear_side side)
-        : il(il), side(side), n_embd(tensor->ne[0]), n_cell(tensor->ne[1]), n_stream((int) tensor->ne[2]), bytes(abi::ggml().ggml_nbytes(tensor)) {}
+        : session_tensor(il, side, tensor->ne[0]), n_cell(tensor->ne[1]), n_stream((int) tensor->ne[2]), bytes(abi::ggml().ggml_nbytes(tensor)) {}
 
-    int64_t row_bytes() const { return n_embd * 2; }
+    void read_store(int n_threads, const reader & f) override;
+    void change_store(const changer & f) override;
 
-    int           il;
-    gear_side     side;
-    int64_t       n_embd, n_cell;
+    int64_t       n_cell;
     int           n_stream;
     size_t        bytes;
     observed_use  use;
@@ -109,6 +114,13 @@ class cuda_buffer {
 
     void add(abi::tensor * tensor);
     void settle(cuda_tensor & tensor);
+    // Layers share the table of what they write together. One that is changed alone gets a table of its own first; rejoin() lets those that agree again
+    // share one.
+    void part(cuda_tensor & tensor);
+    void rejoin();
+    // Pack the full tiles of all tensors that share this one's table.
+    void pack_full(cuda_tensor & tensor);
+    void write_plain(cuda_tensor & tensor, int64_t n, const int64_t * cells, const uint16_t * rows);
     void set(const abi::tensor * view, const void * data, size_t offset, size_t size);
     void get(const abi::tensor * view, void * data, size_t offset, size_t size);
     bool copy(const abi::tensor * source, const abi::tensor * target);
@@ -120,11 +132,17 @@ class cuda_buffer {
 
   private:
     static cuda_tensor * any_of(const abi::tensor * tensor);
+    store_shape          shape_of(const cuda_tensor & tensor) const;
+    void                 settle_one(cuda_tensor & tensor);
+    row_range            rows_at(const cuda_tensor & tensor, const abi::tensor * view, size_t offset, size_t size) const;
+    bool                 in_session(cuda_tensor & tensor, const abi::tensor * view, const void * data, size_t offset, size_t size, bool is_restored);
+    void                 write_rows(cuda_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows);
 
     cuda_wrapper &                                  wrapper_;
     address_range                                   base_;
     std::vector<std::unique_ptr<cuda_tensor>>       tensors_;
     std::vector<std::shared_ptr<cuda::cache_table>> tables_[2]; // [gear_side]
+    bool                                            has_parted_ = false;
 };
 
 namespace {
@@ -200,22 +218,35 @@ void cuda_buffer::add(abi::tensor * tensor) {
     tensor->extra = &added;
 }
 
+store_shape cuda_buffer::shape_of(const cuda_tensor & tensor) const {
+    return wrapper_.device().shape(tensor.il, tensor.side, tensor.n_embd, tensor.n_cell, tensor.n_stream, tensor.use);
+}
+
+// All layers that can be are settled at once, while nothing is written: so they begin with one table.
 void cuda_buffer::settle(cuda_tensor & tensor) {
     if (tensor.rows) {
         return;
     }
-    kv_device & device = wrapper_.device();
-    store_shape shape  = device.shape(tensor.il, tensor.side, tensor.n_embd, tensor.n_cell, tensor.n_stream, tensor.use);
-    if (shape.n_head == 0) {
+    if (shape_of(tensor).n_head == 0) {
         fail(GEAR_ERROR_UNSUPPORTED, "layer %d: its head size is not known; on a GPU gearcpp needs the model's head table (use gearcpp.Llama)", tensor.il);
     }
+    for (const auto & other : tensors_) {
+        if (!other->plain && !other->rows && shape_of(*other).n_head != 0) {
+            settle_one(*other);
+        }
+    }
+}
+
+void cuda_buffer::settle_one(cuda_tensor & tensor) {
+    const kv_device &        device = wrapper_.device();
+    const store_shape        shape  = shape_of(tensor);
     const gear_side_config & coding = tensor.side == GEAR_SIDE_K ? device.config().k : device.config().v;
     if (coding.bits < 16) {
         tensor.codec = std::make_shared<gear_tile_codec>(device.config(), tensor.side, shape.d_head);
     }
     const auto fits = [&](const std::shared_ptr<cuda::cache_table> & table) {
         const store_shape & book = table->book().shape();
-        return book.n_cell == shape.n_cell && book.n_stream == shape.n_stream && book.n_ubatch == shape.n_ubatch;
+        return book.n_cell == shape.n_cell && book.n_stream == shape.n_stream && book.n_ubatch == shape.n_ubatch && table->book().is_empty();
     };
     auto & tables = tables_[tensor.side];
     auto   found  = std::find_if(tables.begin(), tables.end(), fits);
@@ -228,35 +259,185 @@ void cuda_buffer::settle(cuda_tensor & tensor) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
-// Bytes in and out. The table belongs to all layers of one shape, so bytes of one layer alone can be read, and cleared with all others, but not written.
+// One layer alone
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
 namespace {
 
-bool all_zero(const void * data, size_t size) {
-    const char * bytes = static_cast<const char *>(data);
-    return std::all_of(bytes, bytes + size, [](char b) { return b == 0; });
+// What fails half-way leaves a layer that does not hold what its table says.
+template <class F> void whole_or_broken(cuda::cuda_worker & worker, F && f) {
+    const bool before = std::exchange(worker.is_broken, true);
+    f();
+    worker.is_broken = before;
 }
 
 } // namespace
 
+void cuda_buffer::part(cuda_tensor & tensor) {
+    auto & tables = tables_[tensor.side];
+    auto   shared = std::find_if(tables.begin(), tables.end(), [&](const auto & table) { return table.get() == &tensor.rows->table(); });
+    if (shared->use_count() == 2) { // this list and the tensor
+        return;
+    }
+    tables.push_back(std::make_shared<cuda::cache_table>(wrapper_.worker, **shared));
+    tensor.rows->table_of_its_own(tables.back());
+    has_parted_ = true;
+}
+
+void cuda_buffer::rejoin() {
+    if (!std::exchange(has_parted_, false)) {
+        return;
+    }
+    for (auto & tables : tables_) {
+        std::vector<std::shared_ptr<cuda::cache_table>> kept;
+        for (const auto & table : tables) {
+            const auto like = std::find_if(kept.begin(), kept.end(), [&](const auto & other) { return other->book().agrees(table->book()); });
+            if (like == kept.end()) {
+                kept.push_back(table);
+                continue;
+            }
+            for (const auto & tensor : tensors_) {
+                if (tensor->rows && &tensor->rows->table() == table.get()) {
+                    tensor->rows->table_of_its_own(*like);
+                }
+            }
+        }
+        tables = std::move(kept);
+    }
+}
+
+void cuda_buffer::pack_full(cuda_tensor & tensor) {
+    cuda::cache_table & table = tensor.rows->table();
+    whole_or_broken(wrapper_.worker, [&] {
+        table.plan_flush(wrapper_.worker, true);
+        for (const auto & other : tensors_) {
+            if (other->rows && &other->rows->table() == &table) {
+                other->rows->pack(wrapper_.worker);
+            }
+        }
+    });
+}
+
+void cuda_buffer::write_plain(cuda_tensor & tensor, int64_t n, const int64_t * cells, const uint16_t * rows) {
+    const cuda::api & with = wrapper_.worker.with;
+    const size_t      row  = (size_t) tensor.row_bytes();
+    for (int64_t i = 0; i < n; ++i) {
+        require_ok(with, with.upload(tensor.plain->data() + (size_t) cells[i] * row, rows + i * tensor.n_embd, row, wrapper_.worker.work),
+                   "filling the cache");
+    }
+    require_ok(with, with.wait_stream(wrapper_.worker.work), "filling the cache");
+}
+
+void cuda_tensor::read_store(int, const reader & f) {
+    cuda_wrapper &              wrapper = home->wrapper();
+    std::lock_guard<std::mutex> guard(wrapper.lock);
+    wrapper.worker.select();
+    home->pack_full(*this);
+    f(*rows->to_store(wrapper.worker, codec), codec.get());
+}
+
+// A store on the host takes the changes, so that its decisions are the store's own; then the device holds what it holds.
+void cuda_tensor::change_store(const changer & f) {
+    cuda_wrapper &              wrapper = home->wrapper();
+    std::lock_guard<std::mutex> guard(wrapper.lock);
+    wrapper.worker.select();
+    if (plain) {
+        f(nullptr, nullptr, [&](int64_t n, const int64_t * cells, const uint16_t * from) { home->write_plain(*this, n, cells, from); });
+        return;
+    }
+    home->settle(*this);
+    const std::unique_ptr<store> here = rows->to_store(wrapper.worker, codec);
+    f(here.get(), codec.get(), [&](int64_t n, const int64_t * cells, const uint16_t * from) {
+        barrier sync;
+        if (!here->write({ 0, 1, &sync }, n, { cells, sizeof(int64_t), true }, { from, (size_t) row_bytes(), true })) {
+            throw error(here->status(), here->message());
+        }
+    });
+    whole_or_broken(wrapper.worker, [&] {
+        home->part(*this);
+        rows->adopt(wrapper.worker, *here);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// Bytes in and out: any range, as llama.cpp saves, restores and clears
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+row_range cuda_buffer::rows_at(const cuda_tensor & tensor, const abi::tensor * view, size_t offset, size_t size) const {
+    const void * first = tensor.plain ? (const void *) tensor.plain->data() : tensor.space->data();
+    return rows_of((size_t) (static_cast<const char *>(view->data) - static_cast<const char *>(first)) + offset, size, tensor.bytes,
+                   (size_t) tensor.row_bytes());
+}
+
+// Whole rows between a tensor and the window of a session: noted there. false: not such a transfer.
+bool cuda_buffer::in_session(cuda_tensor & tensor, const abi::tensor * view, const void * data, size_t offset, size_t size, bool is_restored) {
+    kv_session * session = wrapper_.device().session_at(data);
+    if (!session || size == 0) {
+        return false;
+    }
+    const row_range range = rows_at(tensor, view, offset, size);
+    if (range.skip != 0 || size % (size_t) tensor.row_bytes() != 0) {
+        return false;
+    }
+    if (is_restored) {
+        return session->note_restored(tensor, range.first, range.n, data);
+    }
+    if (!tensor.rows) {
+        return false;
+    }
+    session->note_saved(tensor, range.first, range.n, data);
+    return true;
+}
+
+void cuda_buffer::write_rows(cuda_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows) {
+    cuda::cuda_worker &  worker = wrapper_.worker;
+    std::vector<int64_t> cells;
+    whole_or_broken(worker, [&] {
+        part(tensor);
+        for_each_run(rows, n, tensor.n_embd, wrapper_.device().n_ubatch(), [&](int64_t begin, int64_t n_now, bool is_zero) {
+            if (is_zero) {
+                tensor.rows->table().plan_erase(worker, cell + begin, n_now);
+                return;
+            }
+            cells.resize((size_t) n_now);
+            std::iota(cells.begin(), cells.end(), cell + begin);
+            tensor.rows->put(worker, ++wrapper_.n_step, n_now, cells.data(), rows + begin * tensor.n_embd);
+        });
+    });
+}
+
 void cuda_buffer::set(const abi::tensor * view, const void * data, size_t offset, size_t size) {
     cuda_tensor &     tensor = *any_of(view);
     const cuda::api & with   = wrapper_.worker.with;
+    if (in_session(tensor, view, data, offset, size, true)) {
+        return;
+    }
     if (tensor.plain) {
         require_ok(with, with.upload(static_cast<char *>(view->data) + offset, data, size, wrapper_.worker.work), "filling the cache");
         require_ok(with, with.wait_stream(wrapper_.worker.work), "filling the cache");
         return;
     }
-    if (!tensor.rows && all_zero(data, size)) {
+    if (!tensor.rows && all_zero(static_cast<const char *>(data), (int64_t) size)) {
         return; // clearing what was never written
     }
-    fail(GEAR_ERROR_UNSUPPORTED, "restoring a state into a GEAR cache on a GPU is not there yet");
+    settle(tensor);
+    const row_range range = rows_at(tensor, view, offset, size);
+    if (is_whole(range, size, (size_t) tensor.row_bytes(), data)) {
+        write_rows(tensor, range.first, range.n, static_cast<const uint16_t *>(data));
+        return;
+    }
+    std::vector<uint16_t> rows((size_t) (range.n * tensor.n_embd));
+    tensor.rows->read(wrapper_.worker, range.first, range.n, rows.data());
+    memcpy(reinterpret_cast<char *>(rows.data()) + range.skip, data, size);
+    write_rows(tensor, range.first, range.n, rows.data());
 }
 
 void cuda_buffer::get(const abi::tensor * view, void * data, size_t offset, size_t size) {
     cuda_tensor &     tensor = *any_of(view);
     const cuda::api & with   = wrapper_.worker.with;
+    if (in_session(tensor, view, data, offset, size, false)) {
+        return;
+    }
     if (tensor.plain) {
         require_ok(with, with.download(data, static_cast<const char *>(view->data) + offset, size, wrapper_.worker.work), "reading the cache");
         require_ok(with, with.wait_stream(wrapper_.worker.work), "reading the cache");
@@ -266,23 +447,36 @@ void cuda_buffer::get(const abi::tensor * view, void * data, size_t offset, size
         memset(data, 0, size);
         return;
     }
-    const size_t begin = (size_t) (static_cast<const char *>(view->data) - tensor.space->data()) + offset, row = (size_t) tensor.row_bytes();
-    if (begin + size > tensor.bytes) {
-        fail(GEAR_ERROR_INVALID, "bytes %zu to %zu are outside of the cache tensor (%zu bytes)", begin, begin + size, tensor.bytes);
+    const row_range range = rows_at(tensor, view, offset, size);
+    if (is_whole(range, size, (size_t) tensor.row_bytes(), data)) {
+        tensor.rows->read(wrapper_.worker, range.first, range.n, static_cast<uint16_t *>(data));
+        return;
     }
-    const int64_t         first = (int64_t) (begin / row), n = (int64_t) ((begin + size + row - 1) / row) - first;
-    std::vector<uint16_t> rows((size_t) (n * tensor.n_embd));
-    tensor.rows->read(wrapper_.worker, first, n, rows.data());
-    memcpy(data, reinterpret_cast<const char *>(rows.data()) + begin % row, size);
+    std::vector<uint16_t> rows((size_t) (range.n * tensor.n_embd));
+    tensor.rows->read(wrapper_.worker, range.first, range.n, rows.data());
+    memcpy(data, reinterpret_cast<const char *>(rows.data()) + range.skip, size);
 }
 
-// Copies between streams (seq_cp) come layer by layer, but the table is one for all layers: not there yet.
+// Copies of whole streams of one tensor (seq_cp) keep their tiles. Anything else goes through f16, which ggml does when we say no.
 bool cuda_buffer::copy(const abi::tensor * source, const abi::tensor * target) {
-    const cuda_tensor *from = find(source), *to = find(target);
-    if (from || to) {
-        fail(GEAR_ERROR_UNSUPPORTED, "copying a sequence to another stream is not there yet for a GEAR cache on a GPU; use kv_unified");
+    cuda_tensor *from = find(source), *to = find(target);
+    if (!from || from != to || !from->rows) {
+        return false;
     }
-    return false;
+    const auto stream_of = [&](const abi::tensor * view) {
+        const size_t stream = (size_t) (to->n_cell * to->row_bytes()), offset = (size_t) (static_cast<char *>(view->data) - to->space->data());
+        return view->ne[0] == to->n_embd && view->ne[1] == to->n_cell && view->ne[2] == 1 && offset % stream == 0 ? (int) (offset / stream) : -1;
+    };
+    const int first = stream_of(source), second = stream_of(target);
+    if (first < 0 || second < 0) {
+        return false;
+    }
+    whole_or_broken(wrapper_.worker, [&] {
+        part(*to);
+        to->rows->table().plan_copy(wrapper_.worker, first, second);
+        to->rows->copy_stream(wrapper_.worker, first, second);
+    });
+    return true;
 }
 
 void cuda_buffer::clear(uint8_t value) {
@@ -329,35 +523,22 @@ void cuda_buffer::stats(std::vector<gear_store_stats> & out) {
 
 namespace {
 
-bool is_view_op(int op) {
-    const abi::numbers & number = abi::number();
-    return op == number.op_none || op == number.op_view || op == number.op_reshape || op == number.op_permute || op == number.op_transpose;
-}
-
 cuda_tensor * cache_of(const abi::tensor * source) {
     return source ? cuda_buffer::find(source) : nullptr;
 }
 
-// SET_ROWS of whole rows: cells from src[1], rows from src[0], into src[2].
 bool is_row_write(const abi::tensor * op) {
-    const abi::numbers & number = abi::number();
-    const cuda_tensor *  tensor = cache_of(op->src[2]);
-    const abi::tensor *  rows = op->src[0], *cells = op->src[1];
-    return op->op == number.op_set_rows && tensor && op->ne[0] == tensor->n_embd && op->ne[2] == 1 && op->ne[3] == 1 && op->view_offs == 0 &&
-           rows->ne[2] == 1 && rows->ne[3] == 1 && (rows->type == number.type_f32 || rows->type == number.type_f16) &&
-           (cells->type == number.type_i64 || cells->type == number.type_i32);
-}
-
-bool is_attention_view(const abi::tensor * view, const cuda_tensor & tensor) {
-    const size_t row = (size_t) tensor.row_bytes(), stream = row * (size_t) tensor.n_cell;
-    return view->ne[0] * view->ne[2] == tensor.n_embd && view->nb[0] == 2 && view->nb[1] == row && view->nb[2] == (size_t) view->ne[0] * 2 &&
-           view->ne[1] <= tensor.n_cell && (view->ne[3] == 1 || view->nb[3] == stream) && view->view_offs % stream == 0;
+    const cuda_tensor * tensor = cache_of(op->src[2]);
+    return tensor && is_row_write(op, *tensor);
 }
 
 bool is_attention(const abi::tensor * op) {
-    const cuda_tensor *k = cache_of(op->src[1]), *v = cache_of(op->src[2]);
-    return op->op == abi::number().op_flash_attn && k && v && k != v && k->side == GEAR_SIDE_K && v->side == GEAR_SIDE_V &&
-           is_attention_view(op->src[1], *k) && is_attention_view(op->src[2], *v) && op->src[0]->type == abi::number().type_f32;
+    return is_attention(op, cache_of(op->src[1]), cache_of(op->src[2]));
+}
+
+bool is_shift(const abi::tensor * op) {
+    const cuda_tensor * tensor = cache_of(op->src[0]);
+    return tensor && is_shift(op, *tensor, static_cast<const cuda_tensor *>(cache_of(op)));
 }
 
 bool touches_cache(const abi::tensor * op) {
@@ -407,7 +588,9 @@ struct cuda_backend {
 
     // Of the step in progress: which tensor of indices a table was planned with.
     std::vector<std::pair<const cuda::cache_table *, const abi::tensor *>> planned;
-    std::vector<char>                                                      cells;
+    std::vector<char>                                                      uploaded; // cells of a write, or a K-shift
+
+    part_of_shift shift; // stays where it is: ggml-cuda knows graphs by the addresses of their nodes
 };
 
 cuda_backend & self(abi::backend * backend) {
@@ -452,6 +635,14 @@ void let_ggml_wait(cuda_backend & b) {
     }
 }
 
+// What the host last put into a tensor of indices; nullptr: it came from elsewhere. Until the next call.
+const void * host_data(cuda_backend & b, const abi::tensor * indices) {
+    if (indices->buf && abi::ggml().ggml_backend_buft_is_host(indices->buf->buft)) {
+        return indices->data;
+    }
+    return all_uploads().find(indices, b.uploaded) ? b.uploaded.data() : nullptr;
+}
+
 void run_write(cuda_backend & b, const abi::tensor * node) {
     cuda_tensor & tensor = *cache_of(node->src[2]);
     tensor.home->settle(tensor);
@@ -459,12 +650,8 @@ void run_write(cuda_backend & b, const abi::tensor * node) {
     const abi::tensor * rows = node->src[0], *cells = node->src[1];
     const auto          same = std::find_if(b.planned.begin(), b.planned.end(), [&](const auto & p) { return p.first == &table; });
     if (same == b.planned.end()) {
-        const void * data = nullptr;
-        if (cells->buf && abi::ggml().ggml_backend_buft_is_host(cells->buf->buft)) {
-            data = cells->data;
-        } else if (all_uploads().find(cells, b.cells)) {
-            data = b.cells.data();
-        } else {
+        const void * data = host_data(b, cells);
+        if (!data) {
             fail(GEAR_ERROR_UNSUPPORTED, "layer %d: the cells that a step writes were not uploaded from the host; use kv_type='f16' for this model",
                  tensor.il);
         }
@@ -483,14 +670,73 @@ void run_attention(cuda_backend & b, const abi::tensor * node) {
     cuda::attend(b.wrapper->worker, attention_params(node, k.row_bytes() * k.n_cell), *k.rows, *v.rows);
 }
 
-int compute(cuda_backend & b, const abi::cgraph & graph) {
-    cuda_wrapper & wrapper = *b.wrapper;
-    bool           flagged = false, touches = false;
-    for (int i = 0; i < graph.n_nodes; ++i) {
-        flagged |= (graph.nodes[i]->flags & flag_compute) != 0; // releases before the flag compute every node
-        touches |= !is_view_op(graph.nodes[i]->op) && cuda_wrapper::observe(graph.nodes[i]);
+// The K-shift: the rows of tiles with a shifted cell are unpacked into memory of ggml's, where its own ROPE turns them. Not on the way of a token, so that
+// memory may be allocated and the host may wait.
+void run_shift(cuda_backend & b, const abi::cgraph & graph, const abi::tensor * node) {
+    cuda_tensor & tensor = *cache_of(node->src[0]);
+    if (!tensor.rows) {
+        return; // nothing was ever written
     }
-    if (!touches) {
+    const auto * shift = static_cast<const int32_t *>(host_data(b, node->src[1]));
+    if (!shift) {
+        fail(GEAR_ERROR_UNSUPPORTED, "layer %d: the K-shift was not uploaded from the host; use kv_type='f16' for this model", tensor.il);
+    }
+    std::vector<uint8_t> marked((size_t) node->src[1]->ne[0]);
+    std::transform(shift, shift + marked.size(), marked.begin(), [](int32_t by) { return (uint8_t) (by != 0); });
+    const int64_t of_tile    = tensor.rows->shape().tile * tensor.row_bytes();
+    const int64_t most_tiles = std::clamp<int64_t>(shifted_bytes / of_tile, 1, (tensor.n_cell - 1) / tensor.rows->shape().tile + 1);
+    abi::buffer * staging =
+        abi::ggml().ggml_backend_buft_alloc_buffer(abi::ggml().ggml_backend_dev_buffer_type(b.wrapper->inner()), (size_t) (most_tiles * of_tile));
+    if (!staging) {
+        fail(GEAR_ERROR_MEMORY, "the GPU has not the %.1f MiB that a shift of the context needs", (double) (most_tiles * of_tile) / 1048576.0);
+    }
+    const auto                                              give_back = [](abi::buffer * buffer) { abi::ggml().ggml_backend_buffer_free(buffer); };
+    const std::unique_ptr<abi::buffer, decltype(give_back)> owner(staging, give_back);
+
+    tensor.home->part(tensor);
+    auto * rows = static_cast<uint16_t *>(abi::ggml().ggml_backend_buffer_get_base(staging));
+    tensor.rows->update(b.wrapper->worker, marked.data(), rows, most_tiles, [&](int64_t first, int64_t n, uint16_t * at) {
+        let_ggml_wait(b);
+        b.shift.make(node, (size_t) tensor.row_bytes(), first, n, at, staging);
+        abi::tensor * nodes[1] = { &b.shift.rotated };
+        abi::cgraph   part     = graph;
+        part.nodes             = nodes;
+        part.n_nodes           = 1;
+        part.uid               = 0; // another graph than the whole one
+        if (b.inner->iface.graph_compute(b.inner, &part) != abi::graph_success) {
+            fail(GEAR_ERROR_INTERNAL, "layer %d: ggml could not shift the context", tensor.il);
+        }
+        wait_for_ggml(b);
+    });
+}
+
+// The device that the calling thread had selected is selected again at the end.
+struct selected_device {
+    explicit selected_device(const cuda::cuda_worker & worker) : with(worker.with) {
+        require_ok(with, with.current_device(&before), "asking for the device");
+        worker.select();
+    }
+    ~selected_device() { with.select_device(before); }
+    const cuda::api & with;
+    int               before = 0;
+};
+
+int compute(cuda_backend & b, const abi::cgraph & graph) {
+    cuda_wrapper &          wrapper = *b.wrapper;
+    bool                    flagged = false;
+    std::set<cuda_buffer *> touched;
+    for (int i = 0; i < graph.n_nodes; ++i) {
+        const abi::tensor * node = graph.nodes[i];
+        flagged |= (node->flags & flag_compute) != 0; // releases before the flag compute every node
+        if (!is_view_op(node->op) && cuda_wrapper::observe(node)) {
+            for (const abi::tensor * source : node->src) {
+                if (cache_of(source)) {
+                    touched.insert(cache_of(source)->home);
+                }
+            }
+        }
+    }
+    if (touched.empty()) {
         return b.inner->iface.graph_compute(b.inner, const_cast<abi::cgraph *>(&graph));
     }
     std::lock_guard<std::mutex> guard(wrapper.lock);
@@ -501,9 +747,10 @@ int compute(cuda_backend & b, const abi::cgraph & graph) {
     if (wrapper.worker.is_broken) {
         fail(GEAR_ERROR_INTERNAL, "an earlier step failed half-way, and the cache no longer holds what it should; clear it (llama_memory_clear)");
     }
-    int before;
-    wrapper.worker.with.current_device(&before);
-    wrapper.worker.select();
+    const selected_device selected(wrapper.worker);
+    for (cuda_buffer * buffer : touched) {
+        buffer->rejoin();
+    }
     b.planned.clear();
     int  first               = 0; // of the segment in progress
     bool is_ours             = false;
@@ -535,6 +782,8 @@ int compute(cuda_backend & b, const abi::cgraph & graph) {
             run_write(b, node);
         } else if (is_attention(node)) {
             run_attention(b, node);
+        } else if (is_shift(node)) {
+            run_shift(b, graph, node);
         } else {
             fail(GEAR_ERROR_UNSUPPORTED,
                  "the graph uses the KV cache with %s, which a GEAR cache on a GPU does not support; use kv_type='f16' for this model",
@@ -545,7 +794,6 @@ int compute(cuda_backend & b, const abi::cgraph & graph) {
         let_ggml_wait(b);
     }
     wrapper.worker.is_broken = false;
-    wrapper.worker.with.select_device(before);
     return abi::graph_success;
 }
 

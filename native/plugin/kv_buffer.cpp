@@ -3,6 +3,7 @@
 #include "codec/codec.h"
 #include "common/error.h"
 #include "common/memory.h"
+#include "plugin/cache_bytes.h"
 #include "plugin/device.h"
 #include "plugin/kv_session.h"
 
@@ -51,8 +52,29 @@ bool parse_cache_name(const char * name, int & il, gear_side & side) {
     return true;
 }
 
-cache_tensor::cache_tensor(abi::tensor * tensor, int il, gear_side side)
-    : il(il), side(side), n_embd(tensor->ne[0]), n_cell(tensor->ne[1]), n_stream((int) tensor->ne[2]), space(abi::ggml().ggml_nbytes(tensor)) {}
+cache_tensor::cache_tensor(kv_buffer & home, abi::tensor * tensor, int il, gear_side side)
+    : session_tensor(il, side, tensor->ne[0]), home(home), n_cell(tensor->ne[1]), n_stream((int) tensor->ne[2]), space(abi::ggml().ggml_nbytes(tensor)) {}
+
+void cache_tensor::read_store(int n_threads, const reader & f) {
+    std::lock_guard<std::mutex> guard(home.lock);
+    bool                        ok = true;
+    run_team(n_threads, [&](const team & t) {
+        const bool done = rows->flush(t, true);
+        if (t.ith == 0) {
+            ok = done;
+        }
+    });
+    if (!ok) {
+        throw error(rows->status(), rows->message());
+    }
+    f(*rows, codec.get());
+}
+
+void cache_tensor::change_store(const changer & f) {
+    std::lock_guard<std::mutex> guard(home.lock);
+    home.settle(il);
+    f(rows.get(), codec.get(), [&](int64_t n, const int64_t * cells, const uint16_t * from) { home.write_cells(*this, n, cells, from); });
+}
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // ggml's buffer interface
@@ -173,7 +195,7 @@ void kv_buffer::add(abi::tensor * tensor) {
         fail(GEAR_ERROR_UNSUPPORTED, "tensor '%s' was put into the KV buffer, but it is no cache tensor", tensor->name);
     }
     auto & place  = layers_[il].side[side];
-    place         = std::make_unique<cache_tensor>(tensor, il, side);
+    place         = std::make_unique<cache_tensor>(*this, tensor, il, side);
     tensor->data  = place->space.data();
     tensor->extra = place.get();
 }
@@ -233,23 +255,9 @@ void kv_buffer::settle_all() {
 
 namespace {
 
-// The rows that a byte range covers: row `first` from byte `skip` on.
-struct row_range {
-    int64_t first, n;
-    size_t  skip;
-};
-
-row_range rows_of(const cache_tensor & tensor, const abi::tensor * view, size_t offset, size_t size) {
-    const size_t begin = (size_t) (static_cast<const char *>(view->data) - tensor.space.data()) + offset, row = (size_t) tensor.row_bytes();
-    if (begin + size > tensor.space.size()) {
-        fail(GEAR_ERROR_INVALID, "bytes %zu to %zu are outside of the cache tensor (%zu bytes)", begin, begin + size, tensor.space.size());
-    }
-    const int64_t first = (int64_t) (begin / row);
-    return { first, (int64_t) ((begin + size + row - 1) / row) - first, begin % row };
-}
-
-bool all_zero(const uint16_t * row, int64_t n) {
-    return std::all_of(row, row + n, [](uint16_t h) { return h == 0; });
+row_range rows_at(const cache_tensor & tensor, const abi::tensor * view, size_t offset, size_t size) {
+    return rows_of((size_t) (static_cast<const char *>(view->data) - tensor.space.data()) + offset, size, tensor.space.size(),
+                   (size_t) tensor.row_bytes());
 }
 
 } // namespace
@@ -273,23 +281,17 @@ void kv_buffer::write_cells(cache_tensor & tensor, int64_t n, const int64_t * ce
     }
 }
 
-// Rows of zeros are cells that llama.cpp clears, not data.
 void kv_buffer::write_rows(cache_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows) {
     std::vector<int64_t> cells;
-    for (int64_t i = 0; i < n;) {
-        const bool    zero  = all_zero(rows + i * tensor.n_embd, tensor.n_embd);
-        const int64_t begin = i;
-        while (i < n && i - begin < device_.n_ubatch() && all_zero(rows + i * tensor.n_embd, tensor.n_embd) == zero) {
-            ++i;
+    for_each_run(rows, n, tensor.n_embd, device_.n_ubatch(), [&](int64_t begin, int64_t n_now, bool is_zero) {
+        if (is_zero) {
+            tensor.rows->erase(cell + begin, n_now);
+            return;
         }
-        if (zero) {
-            tensor.rows->erase(cell + begin, i - begin);
-            continue;
-        }
-        cells.resize((size_t) (i - begin));
+        cells.resize((size_t) n_now);
         std::iota(cells.begin(), cells.end(), cell + begin);
-        write_cells(tensor, i - begin, cells.data(), rows + begin * tensor.n_embd);
-    }
+        write_cells(tensor, n_now, cells.data(), rows + begin * tensor.n_embd);
+    });
 }
 
 // Whole rows between a tensor and the window of a session: noted there. false: not such a transfer.
@@ -298,28 +300,27 @@ bool kv_buffer::in_session(cache_tensor & tensor, const abi::tensor * view, cons
     if (!session || size == 0) {
         return false;
     }
-    const row_range range = rows_of(tensor, view, offset, size);
+    const row_range range = rows_at(tensor, view, offset, size);
     if (range.skip != 0 || size % (size_t) tensor.row_bytes() != 0) {
         return false;
     }
     if (is_restored) {
-        return session->note_restored(*this, tensor, range.first, range.n, data);
+        return session->note_restored(tensor, range.first, range.n, data);
     }
     if (!tensor.is_store()) {
         return false;
     }
-    session->note_saved(*this, tensor, range.first, range.n, data);
+    session->note_saved(tensor, range.first, range.n, data);
     return true;
 }
 
 void kv_buffer::set(const abi::tensor * view, const void * data, size_t offset, size_t size) {
     cache_tensor & tensor = *find(view);
-    const auto *   bytes  = static_cast<const char *>(data);
     if (in_session(tensor, view, data, offset, size, true)) {
         return;
     }
     if (tensor.kind == cache_kind::undecided) {
-        if (std::all_of(bytes, bytes + size, [](char b) { return b == 0; })) {
+        if (all_zero(static_cast<const char *>(data), (int64_t) size)) {
             return; // clearing what was never written
         }
         settle(tensor.il);
@@ -328,9 +329,8 @@ void kv_buffer::set(const abi::tensor * view, const void * data, size_t offset, 
         memcpy(static_cast<char *>(view->data) + offset, data, size);
         return;
     }
-    const row_range range = rows_of(tensor, view, offset, size);
-    const bool      whole = range.skip == 0 && size % (size_t) tensor.row_bytes() == 0 && (uintptr_t) data % alignof(uint16_t) == 0;
-    if (whole) {
+    const row_range range = rows_at(tensor, view, offset, size);
+    if (is_whole(range, size, (size_t) tensor.row_bytes(), data)) {
         write_rows(tensor, range.first, range.n, static_cast<const uint16_t *>(data));
         return;
     }
@@ -353,8 +353,8 @@ void kv_buffer::get(const abi::tensor * view, void * data, size_t offset, size_t
         memcpy(data, static_cast<const char *>(view->data) + offset, size);
         return;
     }
-    const row_range range = rows_of(tensor, view, offset, size);
-    if (range.skip == 0 && size % (size_t) tensor.row_bytes() == 0 && (uintptr_t) data % alignof(uint16_t) == 0) {
+    const row_range range = rows_at(tensor, view, offset, size);
+    if (is_whole(range, size, (size_t) tensor.row_bytes(), data)) {
         tensor.rows->read(range.first, range.n, static_cast<uint16_t *>(data));
         return;
     }

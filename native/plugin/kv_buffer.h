@@ -7,6 +7,7 @@
 #pragma once
 
 #include "plugin/abi.h"
+#include "plugin/session_tensor.h"
 #include "store/gear_codec.h"
 #include "store/store.h"
 
@@ -51,15 +52,18 @@ struct observed_use {
     std::string other;      // an operation that GEAR does not cover, "" when there was none
 };
 
-struct cache_tensor {
-    cache_tensor(abi::tensor * tensor, int il, gear_side side);
+class kv_buffer;
 
-    int64_t row_bytes() const { return n_embd * 2; }
-    bool    is_store() const { return rows != nullptr; }
+struct cache_tensor final : session_tensor {
+    cache_tensor(kv_buffer & home, abi::tensor * tensor, int il, gear_side side);
 
-    int           il;
-    gear_side     side;
-    int64_t       n_embd, n_cell;
+    bool is_store() const { return rows != nullptr; }
+
+    void read_store(int n_threads, const reader & f) override;
+    void change_store(const changer & f) override;
+
+    kv_buffer &   home;
+    int64_t       n_cell;
     int           n_stream;
     address_range space;
     observed_use  use;

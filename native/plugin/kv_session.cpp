@@ -43,28 +43,18 @@ kv_session::~kv_session() {
     }
 }
 
-void kv_session::note_saved(kv_buffer & buffer, const cache_tensor & tensor, int64_t cell, int64_t n, const void * data) {
+uint8_t * kv_session::window() const {
+    return (uint8_t *) window_->data();
+}
+
+void kv_session::note_saved(session_tensor & tensor, int64_t cell, int64_t n, const void * data) {
     const uint64_t offset = (uint64_t) ((const uint8_t *) data - window());
     auto           found  = std::find_if(saved_.begin(), saved_.end(), [&](const saved_tensor & s) { return s.tensor == &tensor; });
     if (found == saved_.end()) {
-        saved_.push_back({ &buffer, &tensor, {} });
+        saved_.push_back({ &tensor, {} });
         found = std::prev(saved_.end());
     }
     found->ranges.push_back({ cell, n, offset });
-}
-
-void kv_session::flush(saved_tensor & saved, int n_threads) {
-    store & rows = *saved.tensor->rows;
-    bool    ok   = true;
-    run_team(n_threads, [&](const team & t) {
-        const bool done = rows.flush(t, true);
-        if (t.ith == 0) {
-            ok = done;
-        }
-    });
-    if (!ok) {
-        throw error(rows.status(), rows.message());
-    }
 }
 
 void kv_session::save(size_t n_state, const void * note, size_t n_note, const void * extra, size_t n_extra, int n_threads, output & out) {
@@ -106,10 +96,10 @@ void kv_session::save(size_t n_state, const void * note, size_t n_note, const vo
         }
     });
     for (saved_tensor & saved : saved_) {
-        std::lock_guard<std::mutex> guard(saved.buffer->lock);
-        flush(saved, n_threads);
-        const store_image image = image_of(*saved.tensor->rows, saved.tensor->codec.get(), saved.ranges);
-        write_section(out, section_kind::tensor, [&](output & to) { write_image(to, image, *saved.tensor->rows); });
+        saved.tensor->read_store(n_threads, [&](const store & cache, const tile_codec * codec) {
+            const store_image image = image_of(cache, codec, saved.ranges);
+            write_section(out, section_kind::tensor, [&](output & to) { write_image(to, image, cache); });
+        });
     }
     if (n_extra > 0) {
         write_section(out, section_kind::extra, [&](output & to) { to.write(extra, n_extra); });
@@ -138,7 +128,7 @@ kv_session::kv_session(std::unique_ptr<input> in, bool note_only) : in_(std::mov
             read_state(sections[i]);
             has_state = true;
         } else if (sections[i].kind == section_kind::tensor && has_state) {
-            kept_.push_back({ read_image(*in_, sections[i]), nullptr, nullptr, {} });
+            kept_.push_back({ read_image(*in_, sections[i]), nullptr, {} });
         } else if (sections[i].kind == section_kind::extra && extra_.size == 0) {
             extra_ = sections[i];
         } else {
@@ -232,7 +222,7 @@ void kv_session::attach(kv_device * device) {
     }
 }
 
-bool kv_session::note_restored(kv_buffer & buffer, cache_tensor & tensor, int64_t cell, int64_t n, const void * data) {
+bool kv_session::note_restored(session_tensor & tensor, int64_t cell, int64_t n, const void * data) {
     uint64_t offset = (uint64_t) ((const uint8_t *) data - window());
     for (bool is_first = true; n > 0; is_first = false) {
         const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), offset, [](uint64_t o, const kept_range & r) { return o < r.offset; });
@@ -250,7 +240,6 @@ bool kv_session::note_restored(kv_buffer & buffer, cache_tensor & tensor, int64_
         const kept_range & range = *std::prev(after);
         const int64_t      skip  = (int64_t) ((offset - range.offset) / row);
         const int64_t      n_now = std::min<int64_t>(n, (int64_t) (range.size / row) - skip);
-        kept->buffer             = &buffer;
         kept->tensor             = &tensor;
         kept->places.push_back({ range.cell + skip, n_now, cell });
         offset += n_now * row;
@@ -265,16 +254,17 @@ int64_t kv_session::restore_tensor(kept_tensor & kept) {
     if (!kept.tensor) {
         fail(GEAR_ERROR_DATA, "llama.cpp did not take back what it saved of layer %d: is this another release of it?", image.shape.il);
     }
-    std::lock_guard<std::mutex> guard(kept.buffer->lock);
-    cache_tensor &              tensor = *kept.tensor;
-    kept.buffer->settle(tensor.il);
-    std::shared_ptr<const tile_codec> codec = tensor.codec;
-    if (!codec && image.tile_bytes > 0) { // a cache too small to gain from packing takes the rows
-        const tile_layout * layout;
-        codec = device_->make_codec(image.shape, layout);
-    }
-    return restore_image(*in_, image, kept.places, tensor.rows.get(), codec.get(),
-                         [&](int64_t n, const int64_t * cells, const uint16_t * rows) { kept.buffer->write_cells(tensor, n, cells, rows); });
+    int64_t n_changed = 0;
+    kept.tensor->change_store([&](store * rows, const tile_codec * codec, const row_writer & write) {
+        std::shared_ptr<const tile_codec> own;
+        if (!codec && image.tile_bytes > 0) { // a cache too small to gain from packing takes the rows
+            const tile_layout * layout;
+            own   = device_->make_codec(image.shape, layout);
+            codec = own.get();
+        }
+        n_changed = restore_image(*in_, image, kept.places, rows, codec, write);
+    });
+    return n_changed;
 }
 
 int64_t kv_session::restore(void * extra) {

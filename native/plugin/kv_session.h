@@ -11,8 +11,7 @@
 //     section extra    the caller's
 #pragma once
 
-#include "plugin/kv_buffer.h"
-#include "session/store_image.h"
+#include "plugin/session_tensor.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -21,6 +20,7 @@
 
 namespace gear {
 
+class address_range;
 class kv_device;
 
 class kv_session {
@@ -36,7 +36,7 @@ class kv_session {
     // Before llama.cpp restores from the window. Throws when the device would not understand the tiles.
     void attach(kv_device * device);
 
-    uint8_t *                    window() const { return (uint8_t *) window_->data(); }
+    uint8_t *                    window() const;
     size_t                       window_size() const { return n_window_; }
     const std::vector<uint8_t> & note() const { return note_; }
     uint64_t                     extra_size() const { return extra_.size; }
@@ -48,20 +48,18 @@ class kv_session {
 
     // From the buffer, while llama.cpp saves or restores.
     bool has(const void * data) const { return window() <= data && data < window() + n_window_; }
-    void note_saved(kv_buffer & buffer, const cache_tensor & tensor, int64_t cell, int64_t n, const void * data);
+    void note_saved(session_tensor & tensor, int64_t cell, int64_t n, const void * data);
     // false: these bytes are in the window itself.
-    bool note_restored(kv_buffer & buffer, cache_tensor & tensor, int64_t cell, int64_t n, const void * data);
+    bool note_restored(session_tensor & tensor, int64_t cell, int64_t n, const void * data);
 
   private:
     struct saved_tensor {
-        kv_buffer *             buffer;
-        const cache_tensor *    tensor;
+        session_tensor *        tensor;
         std::vector<cell_range> ranges;
     };
     struct kept_tensor {
         store_image            image;
-        kv_buffer *            buffer = nullptr;
-        cache_tensor *         tensor = nullptr;
+        session_tensor *       tensor = nullptr;
         std::vector<placement> places;
     };
     struct part { // of llama.cpp's state
@@ -77,7 +75,6 @@ class kv_session {
     void    read_state(const section & from);
     void    index_ranges();
     int64_t restore_tensor(kept_tensor & kept);
-    void    flush(saved_tensor & saved, int n_threads);
 
     kv_device *                    device_ = nullptr;
     std::unique_ptr<address_range> window_; // address space; most of it is never written

@@ -68,8 +68,10 @@ struct stream_state {
 
     void enlarge(int64_t n_row) {
         reserve(n_row);
-        rows.resize(n_row, { -1, 0, 0, 0 });
-        list_free_rows();
+        if (n_row > (int64_t) rows.size()) { // else a copy goes on handing out rows as its origin does
+            rows.resize(n_row, { -1, 0, 0, 0 });
+            list_free_rows();
+        }
     }
 
     bool    is_written(int64_t cell) const { return slot[cell] >= 0 || in_tile[cell]; }

@@ -2,14 +2,17 @@
 
 cuda_gpu.py model FILE SHAPE                       write a GGUF of random weights (needs gguf and numpy)
 cuda_gpu.py bench NAME JSONL MEMORY EXTRA TEXT     llama-batched-bench's lines with the cache's name and the peak memory, as JSON lines
+cuda_gpu.py perplexity DEVICE LOG                  the perplexity that llama-perplexity's log ends with, as a JSON line
+cuda_gpu.py agree RESULTS                          fail unless the perplexities on GEAR0 and CUDA0 agree
 cuda_gpu.py ballast GIB                            take all memory of the GPU but so much, and keep it (needs torch)
-cuda_gpu.py table FOLDER                           print what the stages have left there as one table
+cuda_gpu.py table RESULTS                          print what the stages have left in this file as one table
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import time
 import types
@@ -50,6 +53,23 @@ def print_bench(name: str, jsonl: str, memory: str, extra: str, text: str) -> No
         print(json.dumps({"cache": name, "model": model, "peak_mib": max(used, default=0), **json.loads("{" + extra.rstrip(", ") + "}"), **line}))
 
 
+def print_perplexity(device: str, log: str) -> None:
+    """The last estimate in a log."""
+    found = re.findall(r"Final estimate: PPL = ([0-9.]+)", Path(log).read_text())
+    if not found:
+        sys.exit(f"{device}: llama-perplexity did not come to its end")
+    print(json.dumps({"what": "perplexity", "device": device, "ppl": float(found[-1])}))
+
+
+def require_agreement(results: str) -> None:
+    """A cache of 4 bits costs a trained model a few parts in a thousand."""
+    seen = {line["device"]: line["ppl"] for line in read_lines(Path(results)) if line["what"] == "perplexity"}
+    ratio = seen["GEAR0"] / seen["CUDA0"]
+    print(f"perplexity: f16 {seen['CUDA0']:.4f}, GEAR {seen['GEAR0']:.4f}, ratio {ratio:.4f}")
+    if not 0.99 < ratio < 1.02:
+        sys.exit("they do not agree: what follows measures something that is wrong")
+
+
 def hold_ballast(gib: str) -> None:
     """Leave `gib` GiB of the GPU to others."""
     import torch
@@ -61,25 +81,30 @@ def hold_ballast(gib: str) -> None:
         time.sleep(60)
 
 
-def print_table(folder: Path) -> None:
+def print_table(results: str) -> None:
     """Everything measured, as Markdown. What a stage did not leave is not there."""
-    stages = {line["name"]: line["status"] for line in read_lines(folder / "stages.jsonl")}
-    print("stages: " + ", ".join(f"{name} {'ok' if status == 0 else f'status {status}'}" for name, status in stages.items()))
+    lines = read_lines(Path(results))
 
-    probe = read_lines(folder / "probe.jsonl")
-    if probe:
+    def of(what: str) -> list[dict[str, Any]]:
+        return [line for line in lines if line["what"] == what]
+
+    stages = {line["name"]: line["status"] for line in of("stage")}
+    words = {0: "ok", 124: "out of time", 3: "out of time", "skipped": "skipped"}
+    print("stages: " + ", ".join(f"{name} {words.get(status, f'status {status}')}" for name, status in stages.items()))
+    ppl = {line["device"]: line["ppl"] for line in of("perplexity")}
+    if ppl:
+        print("\nperplexity: " + ", ".join(f"{device} {value:.4f}" for device, value in ppl.items()))
+
+    if of("probe"):
         print("\n| a step of 32 layers without attention | ggml's own CUDA graphs | us |\n|---|---|---|")
-        for line in probe:
+        for line in of("probe"):
             print(f"| {line['name']} | {line.get('ggml_graphs', '')} | {line.get('us', line.get('error'))} |")
 
-    attention = read_lines(folder / "attention.jsonl")
-    for line in attention:
-        if line["what"] == "copy":
-            print(f"\n{line['device']} (sm_{line['sm']}): copies {line['gb_per_s']:.0f} GB/s, read and written")
+    for line in of("copy")[-1:]:
+        print(f"\n{line['device']} (sm_{line['sm']}): copies {line['gb_per_s']:.0f} GB/s, read and written")
     cases: dict[tuple[str, int, int, int], dict[str, float]] = {}
-    for line in attention:
-        if line["what"] == "attention":
-            cases.setdefault((line["shape"], line["n_query"], line["batch"], line["depth"]), {})[line["cache"]] = line["us"]
+    for line in of("attention"):
+        cases.setdefault((line["shape"], line["n_query"], line["batch"], line["depth"]), {})[line["cache"]] = line["us"]
     if cases:
         names = ["f16", "q8_0", "q4_0", "gear", "gear3", "gear2"]
         print("\nattention alone, one layer, us (and f16's time by it; 0: did not fit)\n\n| shape | queries | batch | depth | " + " | ".join(names) + " |")
@@ -89,19 +114,25 @@ def print_table(folder: Path) -> None:
             cells = (f"{times[n]:.1f} ({base / times[n]:.2f})" if times.get(n) else "0" for n in names)
             print(f"| {shape} | {n_query} | {batch} | {depth} | " + " | ".join(cells) + " |")
 
-    for title, file in (("whole models", "decode.jsonl"), ("in a budget of memory", "budget.jsonl")):
-        lines = read_lines(folder / file)
-        if lines:
+    for title, what in (("whole models", "decode"), ("in a budget of memory", "budget")):
+        if of(what):
             print(f"\n{title}: tokens per second\n\n| model | cache | n_ctx | batch | depth | prompt | generation | peak MiB |")
             print("|---" * 8 + "|")
-            for line in lines:
-                n_ctx = line.get("n_ctx", line.get("n_kv_max", ""))
-                speeds = f"{line['speed_pp']:.0f} | {line['speed_tg']:.1f}"
-                print(f"| {line['model']} | {line['cache']} | {n_ctx} | {line['pl']} | {line['pp']} | {speeds} | {line['peak_mib']} |")
+        for line in of(what):
+            n_ctx = line.get("n_ctx", line.get("n_kv_max", ""))
+            speeds = f"{line['speed_pp']:.0f} | {line['speed_tg']:.1f}"
+            print(f"| {line['model']} | {line['cache']} | {n_ctx} | {line['pl']} | {line['pp']} | {speeds} | {line['peak_mib']} |")
 
 
 if __name__ == "__main__":
-    commands = {"model": write_model, "bench": print_bench, "ballast": hold_ballast, "table": lambda folder: print_table(Path(folder))}
+    commands = {
+        "model": write_model,
+        "bench": print_bench,
+        "perplexity": print_perplexity,
+        "agree": require_agreement,
+        "ballast": hold_ballast,
+        "table": print_table,
+    }
     if len(sys.argv) < 3 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])

@@ -1,7 +1,8 @@
 // cuda_gpu_attention.cpp - attention alone on a GPU: gearcpp's kernels against ggml-cuda's FLASH_ATTN_EXT on f16, q8_0 and q4_0, for the shapes of
 // Llama-3-8B and Qwen2.5-7B, batch 1, 4 and 16, at growing depth; and the copy bandwidth of the same run. Built and run by cuda_gpu.sh.
 //     cuda_gpu_attention PATH/libgearcpp-cuda.so OUT.jsonl [SECONDS]
-// One line of JSON a measurement, written as it is made; the run ends by itself after SECONDS.
+// One line of JSON a measurement, appended as it is made, the most important cases first; the run ends by itself after SECONDS (status 3: some cases were
+// left), and cases that OUT.jsonl has already are not measured again.
 #include "codec/codec.h"
 #include "common/half.h"
 #include "cuda/api.h"
@@ -17,7 +18,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#include <fstream>
 #include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -31,8 +34,32 @@ struct shape {
 };
 
 const shape shapes[]  = { { "llama-3-8b", 8, 4, 128 }, { "qwen2.5-7b", 4, 7, 128 } };
-const int   batches[] = { 1, 4, 16 };
-const int   depths[]  = { 256, 4096, 8192, 32768, 131072 };
+
+// Queries, batch, depth: decode where it must win, a step of a prompt, then the rest.
+struct extent {
+    int n_query, batch, depth;
+};
+
+const extent extents[] = {
+    { 1, 1, 32768 }, { 1, 1, 4096 },   { 512, 1, 4096 }, { 1, 4, 32768 },  { 1, 1, 131072 }, { 1, 16, 4096 },  { 512, 1, 32768 }, { 1, 1, 256 },
+    { 1, 1, 8192 },  { 1, 16, 32768 }, { 1, 4, 4096 },   { 1, 4, 131072 }, { 1, 16, 256 },   { 1, 16, 131072 }, { 1, 4, 8192 },    { 1, 16, 8192 },
+    { 1, 4, 256 },   { 512, 1, 256 },  { 512, 1, 8192 },
+};
+
+// The case as its lines have it.
+std::string name_of(const shape & sh, const char * cache, const extent & e) {
+    char text[200];
+    snprintf(text, sizeof text, "\"shape\": \"%s\", \"cache\": \"%s\", \"n_query\": %d, \"batch\": %d, \"depth\": %d,", sh.name, cache, e.n_query, e.batch,
+             e.depth);
+    return text;
+}
+
+std::string text_of_file(const char * path) {
+    std::ifstream     file(path);
+    std::stringstream text;
+    text << file.rdbuf();
+    return text.str();
+}
 
 double seconds_since(clock_type::time_point start) {
     return std::chrono::duration<double>(clock_type::now() - start).count();
@@ -210,7 +237,8 @@ int main(int argc, char ** argv) {
     const gear::cuda::api *  table = get ? get(gear::cuda::api_version) : nullptr;
     ggml_backend_dev_t       gpu   = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_GPU);
     ggml_backend_t           rival = gpu ? ggml_backend_dev_init(gpu, nullptr) : nullptr;
-    FILE *                   out   = fopen(argv[2], "w");
+    const std::string        had   = text_of_file(argv[2]);
+    FILE *                   out   = fopen(argv[2], "a");
     gear::cuda::device_facts facts;
     gear::cuda::stream       s;
     if (!table || !rival || !out || table->select_device(0) || table->describe(0, &facts) || table->make_stream(&s)) {
@@ -229,32 +257,35 @@ int main(int argc, char ** argv) {
         snprintf(text, sizeof text, "{\"what\": \"copy\", \"device\": \"%s\", \"sm\": %d, \"gb_per_s\": %.0f}", facts.name, facts.major * 10 + facts.minor, 2 * bytes / us / 1e3);
         write(text);
     }
-    for (const shape & sh : shapes) {
-        for (const int n_query : { 1, 512 }) { // decode, and a step of a prompt
-            for (const int batch : batches) {
-                for (const int depth : depths) {
-                    if ((n_query > 1 && (batch > 1 || depth > 32768)) || seconds_since(started) > limit) {
-                        continue;
-                    }
-                    const double read_f16 = 4.0 * batch * depth * sh.n_head_kv * sh.d;
-                    const auto   report   = [&](const char * name, double bits, double us) {
-                        snprintf(text, sizeof text,
-                                 "{\"what\": \"attention\", \"shape\": \"%s\", \"cache\": \"%s\", \"n_query\": %d, \"batch\": %d, \"depth\": %d, \"us\": %.2f, \"gb_per_s\": %.0f}",
-                                 sh.name, name, n_query, batch, depth, us, us > 0 ? read_f16 * bits / 16 / us / 1e3 : 0.0);
-                        write(text);
-                    };
-                    report("f16", 16, time_ggml(rival, sh, GGML_TYPE_F16, batch, depth, n_query));
-                    report("q8_0", 8.5, time_ggml(rival, sh, GGML_TYPE_Q8_0, batch, depth, n_query));
-                    report("q4_0", 4.5, time_ggml(rival, sh, GGML_TYPE_Q4_0, batch, depth, n_query));
-                    for (const int bits : { 4, 3, 2 }) {
-                        const std::string name = bits == 4 ? "gear" : "gear" + std::to_string(bits);
-                        report(name.c_str(), bits + 0.41, time_gear(*table, facts, s, sh, bits, batch, depth, n_query));
-                    }
-                }
+    int n_left = 0;
+    for (const extent & e : extents) {
+        for (const shape & sh : shapes) {
+            if (had.find(name_of(sh, "gear2", e)) != std::string::npos) {
+                continue;
+            }
+            if (seconds_since(started) > limit) {
+                ++n_left;
+                continue;
+            }
+            const double read_f16 = 4.0 * e.batch * e.depth * sh.n_head_kv * sh.d;
+            const auto   report   = [&](const char * name, double bits, double us) {
+                snprintf(text, sizeof text, "{\"what\": \"attention\", %s \"us\": %.2f, \"gb_per_s\": %.0f}", name_of(sh, name, e).c_str(), us,
+                         us > 0 ? read_f16 * bits / 16 / us / 1e3 : 0.0);
+                write(text);
+            };
+            report("f16", 16, time_ggml(rival, sh, GGML_TYPE_F16, e.batch, e.depth, e.n_query));
+            report("q8_0", 8.5, time_ggml(rival, sh, GGML_TYPE_Q8_0, e.batch, e.depth, e.n_query));
+            report("q4_0", 4.5, time_ggml(rival, sh, GGML_TYPE_Q4_0, e.batch, e.depth, e.n_query));
+            for (const int bits : { 4, 3, 2 }) {
+                const std::string name = bits == 4 ? "gear" : "gear" + std::to_string(bits);
+                report(name.c_str(), bits + 0.41, time_gear(*table, facts, s, sh, bits, e.batch, e.depth, e.n_query));
             }
         }
     }
+    if (n_left > 0) {
+        printf("out of time: %d cases left\n", n_left);
+    }
     fclose(out);
     ggml_backend_free(rival);
-    return 0;
+    return n_left > 0 ? 3 : 0;
 }

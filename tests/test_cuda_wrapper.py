@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,32 +42,53 @@ print(json.dumps(stats))
 llm.close()
 """
 
-# What the wrapper does not cover is an error with its reason, and the cache works again once it is cleared.
+# Lives of tests/test_cache_life.py: the K-shift, copies between streams, states of a context and of one sequence.
+LIVES = """
+import json, sys
+arguments = json.loads(sys.argv[1])
+sys.path.insert(0, arguments["tests"])
+from pathlib import Path
+import numpy as np
+import test_cache_life as lives
+seen = {}
+for name, memory in arguments["lives"]:
+    life = lives.lead(Path(arguments["model"]), lives.PACKED, getattr(lives, name), 7, **lives.MEMORIES[memory][2])
+    assert life.most_packed > 0
+    seen[name + ", " + memory] = np.array(life.logits)
+np.savez(arguments["out"], **seen)
+"""
+
+# A session that was saved on either device is loaded, saved again, and used.
+SESSION = """
+import json, sys
+import numpy as np
+import gearcpp
+arguments = json.loads(sys.argv[1])
+config = gearcpp.GearConfig(tile=64, n_tail=32, n_sink=2)
+llm = gearcpp.Llama(arguments["model"], kv_type=config, n_ctx=512, n_batch=64, n_ubatch=64, verbose=False, n_threads=1, seed=1)
+text = llm.tokenize(("The old man looked at the sea and said nothing for a long while. " * 30).encode())[:300]
+if arguments["load"]:
+    llm.eval(text[:150])  # what was there goes
+    llm.load_session(arguments["load"])
+else:
+    llm.eval(text)
+llm.save_session(arguments["save"])
+before = llm.kv_stats()["total"]
+llm.eval([text[5]])
+logits = llm._ctx.get_logits_ith(-1)
+np.savez(arguments["out"], logits=np.array(logits[: llm.n_vocab()]))
+print(json.dumps(before))
+llm.close()
+"""
+
 REFUSED = """
 import sys
 import gearcpp
-llm = gearcpp.Llama(sys.argv[1], kv_type=gearcpp.GearConfig(tile=64, n_tail=32, n_sink=2), n_ctx=256, n_batch=64, n_ubatch=64, verbose=False, n_threads=1)
-text = llm.tokenize(("The old man looked at the sea. " * 20).encode())[:150]
-
-def refusal(what):
+for arguments in ({"codec": lambda il, side, head, x, written, cells: (x, x.nbytes)},):
     try:
-        what()
+        gearcpp.Llama(sys.argv[1], n_ctx=256, verbose=False, n_threads=1, **arguments)
     except gearcpp.UnsupportedError as error:
-        return str(error)
-    raise AssertionError("not refused")
-
-def clear():
-    llm.reset()
-    llm._ctx.kv_cache_clear()
-    llm.eval(text[:100])
-
-llm.eval(text)
-assert "ROPE" in refusal(lambda: llm.shift_context(4, 40))
-clear()
-state = llm.save_state()
-assert "restoring" in refusal(lambda: llm.load_state(state))
-clear()
-llm.close()
+        print(error)
 """
 
 
@@ -81,22 +103,30 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def run(environment: dict[str, str], out: Path, **arguments: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def run(environment: dict[str, str], out: Path, script: str = RUN, **arguments: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The last line that the script printed, and the arrays that it left."""
     done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps({**arguments, "out": str(out)})],
+        [sys.executable, "-c", script, json.dumps({**arguments, "out": str(out)})],
         env={**os.environ, "GEARCPP_SMALL_CACHE": "store", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), dict(np.load(out))
+    return json.loads((done.stdout.splitlines() or ["{}"])[-1]), dict(np.load(out))
+
+
+def on_gpu(emulated: Path) -> dict[str, str]:
+    return {"GEARCPP_CUDA": "1", "GEARCPP_CUDA_LIBRARY": str(emulated)}
+
+
+ON_CPU = {"GEARCPP_SIMD": "scalar", "GEARCPP_CUDA": "", "GEARCPP_CUDA_LIBRARY": ""}
 
 
 def test_wrapper_gives_what_the_cpu_gives(emulated: Path, bundled_model: Path, tmp_path: Path) -> None:
     arguments = {"model": str(bundled_model), "n_prompt": 200, "n_decode": 8}
-    stats, cpu = run({"GEARCPP_SIMD": "scalar"}, tmp_path / "cpu.npz", **arguments)
-    cuda_stats, cuda = run({"GEARCPP_CUDA": "1", "GEARCPP_CUDA_LIBRARY": str(emulated)}, tmp_path / "cuda.npz", **arguments)
+    stats, cpu = run(ON_CPU, tmp_path / "cpu.npz", **arguments)
+    cuda_stats, cuda = run(on_gpu(emulated), tmp_path / "cuda.npz", **arguments)
     for name in ("n_written", "n_packed", "n_exact"):
         assert cuda_stats[name] == stats[name]
     assert cuda_stats["n_packed"] > 0
@@ -107,10 +137,40 @@ def test_wrapper_gives_what_the_cpu_gives(emulated: Path, bundled_model: Path, t
         assert np.sqrt(np.square(cuda[name] - wanted).mean()) < 0.02 * spread
 
 
+def test_what_llama_cpp_does_with_a_cache_leaves_it_as_on_the_cpu(emulated: Path, random_model: Callable[..., Path], tmp_path: Path) -> None:
+    lives = [("shifts", "one stream"), ("shifts", "streams"), ("shared_prefix", "streams"), ("reload", "streams")]
+    arguments = {"model": str(random_model("llama")), "tests": str(ROOT / "tests"), "lives": lives}
+    _, cpu = run(ON_CPU, tmp_path / "cpu.npz", LIVES, **arguments)
+    _, cuda = run(on_gpu(emulated), tmp_path / "cuda.npz", LIVES, **arguments)
+    assert cpu.keys() == cuda.keys()
+    for name, wanted in cpu.items():
+        distance = np.abs(cuda[name] - wanted).max(1) / np.abs(wanted).max(1)
+        print(name, distance.max())
+        assert distance.max() < 0.02, name
+
+
+def test_sessions_move_between_devices(emulated: Path, bundled_model: Path, tmp_path: Path) -> None:
+    def session(environment: dict[str, str], load: str, save: str) -> tuple[bytes, dict[str, Any], np.ndarray]:
+        files = {"load": load and str(tmp_path / load), "save": str(tmp_path / save)}
+        stats, arrays = run(environment, tmp_path / "out.npz", SESSION, model=str(bundled_model), **files)
+        return (tmp_path / save).read_bytes(), stats, arrays["logits"]
+
+    gpu = on_gpu(emulated)
+    for first, second in ((ON_CPU, gpu), (gpu, ON_CPU)):
+        saved, stats, logits = session(first, "", "first")
+        again, other_stats, other_logits = session(second, "first", "second")
+        assert again == saved  # tiles, rows and their order, to the bit
+        assert stats["n_packed"] > 0
+        for name in ("n_written", "n_packed", "n_exact"):
+            assert other_stats[name] == stats[name]
+        assert np.abs(other_logits - logits).max() < 0.05 * logits.std()
+
+
 def test_what_is_not_covered_is_refused_with_a_reason(emulated: Path, bundled_model: Path) -> None:
-    environment = {**os.environ, "GEARCPP_SMALL_CACHE": "store", "GEARCPP_CUDA": "1", "GEARCPP_CUDA_LIBRARY": str(emulated)}
+    environment = {**os.environ, "GEARCPP_SMALL_CACHE": "store", **on_gpu(emulated)}
     done = subprocess.run([sys.executable, "-c", REFUSED, str(bundled_model)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "a codec of the caller's" in done.stdout
 
 
 def test_missing_library_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@
 
 namespace gear::cuda {
 
-constexpr int api_version = 1; // of this table and of the structures in arguments.h
+constexpr int api_version = 2; // of this table and of the structures in arguments.h
 
 using stream = struct stream_handle *; // cudaStream_t
 using event  = struct event_handle *;  // cudaEvent_t
@@ -36,6 +36,8 @@ struct api {
     int (*select_device)(int device); // for the calling thread
     int (*current_device)(int * device);
     int (*describe)(int device, device_facts * facts);
+
+    int (*wait_device)(); // the host waits for every stream of the selected device, ggml's too
 
     int (*allocate)(void ** memory, size_t bytes);
     int (*release)(void * memory);

@@ -83,6 +83,8 @@ const api table = {
     [](int * device) { return (int) cudaGetDevice(device); },
     describe,
 
+    [] { return (int) cudaDeviceSynchronize(); },
+
     [](void ** memory, size_t bytes) { return (int) cudaMalloc(memory, bytes); },
     [](void * memory) { return (int) cudaFree(memory); },
     [](void ** memory, size_t bytes) { return (int) cudaMallocHost(memory, bytes); },

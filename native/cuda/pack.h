@@ -546,7 +546,7 @@ struct packer {
     // L
     // -----------------------------------------------------------------------------------------------------------------------------------------
 
-    // The codec sums in f64; here a block's partial sums are f32 and their sum f64, which is as good for a comparison.
+    // The codec sums in f64; a tree of f32 sums is as good for a comparison.
     __device__ float block_sum(float x) {
         x              = warp_sum(x);
         const int warp = (int) threadIdx.x / warp_threads, lane = (int) threadIdx.x % warp_threads;

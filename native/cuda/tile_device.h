@@ -29,7 +29,7 @@ namespace gear::cuda {
 constexpr int      warp_threads = 32;
 constexpr unsigned all_threads  = 0xffffffffu;
 
-struct word_pair {
+struct alignas(8) word_pair { // one load of 8 bytes
     uint32_t word[2];
 };
 

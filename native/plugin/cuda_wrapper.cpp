@@ -481,6 +481,7 @@ bool cuda_buffer::copy(const abi::tensor * source, const abi::tensor * target) {
 
 void cuda_buffer::clear(uint8_t value) {
     const cuda::api & with = wrapper_.worker.with;
+    require_ok(with, with.wait_device(), "waiting for earlier steps"); // plain tensors are read on ggml's stream, which knows nothing of ours
     for (const auto & tensor : tensors_) {
         if (tensor->plain) {
             require_ok(with, with.fill(tensor->plain->data(), value, tensor->plain->size(), wrapper_.worker.work), "clearing the cache");
@@ -497,7 +498,9 @@ void cuda_buffer::clear(uint8_t value) {
     require_ok(with, with.wait_stream(wrapper_.worker.work), "clearing the cache");
 }
 
+// A table is counted once, with the first tensor that goes by it.
 void cuda_buffer::stats(std::vector<gear_store_stats> & out) {
+    std::set<const cuda::cache_table *> counted;
     for (const auto & tensor : tensors_) {
         gear_store_stats s = {};
         if (tensor->plain) {
@@ -510,6 +513,9 @@ void cuda_buffer::stats(std::vector<gear_store_stats> & out) {
         } else {
             settle(*tensor);
             s = tensor->rows->stats();
+            if (!counted.insert(&tensor->rows->table()).second) {
+                s.bytes_tables = 0;
+            }
         }
         s.il   = tensor->il;
         s.side = tensor->side;

@@ -2,15 +2,18 @@
 //
 // State of this file: NOT YET PROVEN ON A GPU. Its logic runs in tests over the CPU backend with emulated kernels; events, streams and ggml-cuda's own
 // graphs were never met. So a kv_device refuses a CUDA device unless GEARCPP_CUDA=1 is set, and what is not covered is refused by name, not guessed:
-//   - the K-shift, and any operation on the cache but SET_ROWS and FLASH_ATTN_EXT
+//   - any operation on the cache but SET_ROWS, FLASH_ATTN_EXT and the K-shift
 //   - GGML_CUDA_GRAPH_OPT=1 (it forks streams that join at the attention node, which no segment contains)
-//   - a ggml-cuda without events, several GPUs for one model, packed sessions
+//   - a ggml-cuda without events, several GPUs for one model
 //
 // How it works. Compute and weight buffers are ggml-cuda's own. A graph runs in segments: what lies between two layers' cache operations is given to the
 // wrapped backend as a graph of its own, with the uid that the whole has; then an event makes our stream wait for ggml's, our kernels are put onto our
 // stream, and a second event makes ggml's wait for ours. The host waits for nothing. Which cells a step writes, the host learns when llama.cpp uploads the
 // indices: the compute buffer's set_tensor is ours and keeps a copy. The backend that llama.cpp sees is the wrapped one's structure with three functions
 // of ours, so that async copies, events and graph_optimize are ggml-cuda's.
+//
+// Layers that write the same cells share one table of places. What llama.cpp does to one layer at a time (the K-shift, restoring a state, copying a
+// stream) gives that layer a table of its own; the next step lets tables that agree be one again. There the host may wait.
 #pragma once
 
 #include "cuda/cuda_cache.h"

@@ -68,12 +68,14 @@ inline const api table = {
     [](int * device) { return *device = 0, 0; },
     describe,
 
+    [] { return 0; },
+
     allocate,
     release,
     allocate,
     release,
 
-    [](stream * made) { return *made  = nullptr, 0; },
+    [](stream * made) { return *made = nullptr, 0; },
     [](stream) { return 0; },
     [](stream) { return 0; },
     [](event * made) { return *made = nullptr, 0; },

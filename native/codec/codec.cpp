@@ -59,7 +59,8 @@ size_t place_workspace(const tile_layout & layout, void * scratch, workspace & w
     w.D = r > 0 || layout.config.center ? take(n) : nullptr;
     w.A = take(r * layout.n_token);
     w.B = take(r * layout.d_head);
-    for (float ** array : { &w.coder.lowest, &w.coder.highest, &w.coder.zero, &w.coder.scale, &w.coder.inverse, &w.coder.first, &w.coder.last }) {
+    for (float ** array :
+         { &w.coder.lowest, &w.coder.highest, &w.coder.zero, &w.coder.scale, &w.coder.inverse, &w.coder.first, &w.coder.last, &w.coder.held }) {
         *array = take(n_group);
     }
     return bytes;
@@ -283,8 +284,29 @@ void clip_ranges(const tile_layout & layout, const group_coder & coder) {
     }
 }
 
+// Whether a group's kept rows keep the range old_low to old_high, which cuts off what the new ones have beyond it, or low to high becomes the range, which
+// rounds the kept ones once more: whichever adds the smaller squared error. A code rounded to the nearest has one of step^2 / 12. Without this a few new
+// rows, again and again, would wear down the many that stay.
+bool is_cut(const tile_layout & layout, const kept_rows & kept, const float * Y, int t, int c, float old_low, float old_high, float low, float high) {
+    const float old_step = (old_high - old_low) / (float) layout.levels, step = (high - low) / (float) layout.levels;
+    const float old_rounding = old_step * old_step / 12.0f, rounding = step * step / 12.0f;
+    float       cut = 0, widened = 0;
+    for (int i = t; i < t + layout.group; ++i) {
+        const float y = Y[(int64_t) i * layout.d_head + c];
+        if (kept.is_kept[i]) {
+            widened += rounding;
+        } else if (!std::isnan(y)) {
+            const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f;
+            const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f; // a configuration may clip
+            cut += beyond_old * beyond_old + old_rounding;
+            widened += beyond * beyond + rounding;
+        }
+    }
+    return cut <= widened;
+}
+
 // A group that holds a kept row does not narrow: the row then codes to what it was, unless the new ones widen the range.
-void hold_ranges(const tile_layout & layout, const kept_rows & kept, const group_coder & coder) {
+void hold_ranges(const tile_layout & layout, const float * Y, const kept_rows & kept, const group_coder & coder) {
     const bool is_k = layout.side == GEAR_SIDE_K;
     const int  n_t = is_k ? layout.group : 1, n_c = is_k ? 1 : layout.group; // tokens and channels of a group
     for (int t = 0; t < layout.n_token; t += n_t) {
@@ -292,10 +314,15 @@ void hold_ranges(const tile_layout & layout, const kept_rows & kept, const group
             continue;
         }
         for (int c = 0; c < layout.d_head; c += n_c) {
-            const int         g     = group_of(layout, t, c);
-            const group_range range = range_at(layout, kept.tile, g);
-            coder.lowest[g]         = std::min(coder.lowest[g], range.zero);
-            coder.highest[g]        = std::max(coder.highest[g], range.zero + range.scale * (float) layout.levels);
+            const int         g       = group_of(layout, t, c);
+            const group_range range   = range_at(layout, kept.tile, g);
+            const float       old_low = range.zero, old_high = range.zero + range.scale * (float) layout.levels;
+            const float       low = std::min(coder.lowest[g], old_low), high = std::max(coder.highest[g], old_high);
+            // V: a group is of one token, and a kept one is not beyond its own range.
+            const bool        is_held = (low == old_low && high == old_high) || (is_k && is_cut(layout, kept, Y, t, c, old_low, old_high, low, high));
+            coder.lowest[g]           = is_held ? old_low : low;
+            coder.highest[g]          = is_held ? old_high : high;
+            coder.held[g]             = is_held ? 1.0f : 0.0f;
         }
     }
 }
@@ -307,8 +334,9 @@ void quantize(const tile_layout & layout, const pack_kernels & kernels, const fl
     if (layout.config.clip < 1) {
         clip_ranges(layout, coder);
     }
+    std::fill_n(coder.held, layout.part.n_group, 0.0f);
     if (kept) {
-        hold_ranges(layout, *kept, coder);
+        hold_ranges(layout, Y, *kept, coder);
     }
     code_ranges(layout, coder, kept ? kept->tile : nullptr, tile);
     kernels.encode(layout, Y, coder, tile);

@@ -15,6 +15,7 @@ struct group_coder {
     float * inverse; // 1 / scale, or 0
     float * first;
     float * last;
+    float * held; // 1: rows that stay were coded with this range, which is not to change
 };
 
 struct pack_kernels {

@@ -107,17 +107,24 @@ set_range make_set_range(float lowest, float highest, int levels) {
     return set;
 }
 
-// Scale and zero in 8 bits each against the set's lo and hi: zero rounded down, scale up.
+// Scale and zero in 8 bits each against the set's lo and hi: zero rounded down, scale up. Those of a range that is held go to the nearest instead: when
+// new rows change lo and hi again and again, it moves to and fro by half a step, and does not widen each time.
 void code_range_8(const set_range & set, const group_coder & coder, int group, int levels, uint8_t * scales, uint8_t * zeros) {
     const bool  is_empty = coder.lowest[group] > coder.highest[group];
     const float low = is_empty ? set.lo : set.snapped(coder.lowest[group]), high = is_empty ? set.lo : set.snapped(coder.highest[group]);
     int         s = 0, z = 0;
     if (set.lo < set.hi) {
         const float steps = 255.0f / (set.hi - set.lo);
-        z                 = greatest_within(low, (low - set.lo) * steps, low < high ? 255 - set.fewest : 255, [&](int n) { return set.zero(n); });
-        if (low < high) {
-            const float base = set.zero(z);
-            s = least_reaching(high, (high - base) * steps, set.fewest, 255 - z, [&](int n) { return base + set.scale(n, levels) * (float) levels; });
+        if (coder.held[group] != 0) {
+            const int fewest = low < high ? set.fewest : 0;
+            z                = (int) std::min(std::max(std::nearbyint((low - set.lo) * steps), 0.0f), (float) (255 - fewest));
+            s                = (int) std::min(std::max(std::nearbyint((high - low) * steps), (float) fewest), (float) (255 - z));
+        } else {
+            z = greatest_within(low, (low - set.lo) * steps, low < high ? 255 - set.fewest : 255, [&](int n) { return set.zero(n); });
+            if (low < high) {
+                const float base = set.zero(z);
+                s = least_reaching(high, (high - base) * steps, set.fewest, 255 - z, [&](int n) { return base + set.scale(n, levels) * (float) levels; });
+            }
         }
     }
     scales[group] = (uint8_t) s;

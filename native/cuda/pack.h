@@ -142,17 +142,23 @@ __device__ inline set_range_device make_set_range(float lowest, float highest, i
     return set;
 }
 
-__device__ inline void code_range_8(const set_range_device & set, const pack_scratch_device & w, int group, int levels, uint8_t * scales,
-                                    uint8_t * zeros) {
+__device__ inline void code_range_8(const set_range_device & set, const pack_scratch_device & w, int group, int levels, uint8_t * scales, uint8_t * zeros,
+                                    bool is_held) {
     const bool  is_empty = w.lowest[group] > w.highest[group];
     const float low = is_empty ? set.lo : set.snapped(w.lowest[group]), high = is_empty ? set.lo : set.snapped(w.highest[group]);
     int         s = 0, z = 0;
     if (set.lo < set.hi) {
         const float steps = 255.0f / (set.hi - set.lo);
-        z                 = greatest_within(low, (low - set.lo) * steps, low < high ? 255 - set.fewest : 255, [&](int n) { return set.zero(n); });
-        if (low < high) {
-            const float base = set.zero(z);
-            s = least_reaching(high, (high - base) * steps, set.fewest, 255 - z, [&](int n) { return base + set.scale(n, levels) * (float) levels; });
+        if (is_held) {
+            const int fewest = low < high ? set.fewest : 0;
+            z                = (int) fminf(fmaxf(nearbyintf((low - set.lo) * steps), 0.0f), (float) (255 - fewest));
+            s                = (int) fminf(fmaxf(nearbyintf((high - low) * steps), (float) fewest), (float) (255 - z));
+        } else {
+            z = greatest_within(low, (low - set.lo) * steps, low < high ? 255 - set.fewest : 255, [&](int n) { return set.zero(n); });
+            if (low < high) {
+                const float base = set.zero(z);
+                s = least_reaching(high, (high - base) * steps, set.fewest, 255 - z, [&](int n) { return base + set.scale(n, levels) * (float) levels; });
+            }
         }
     }
     scales[group] = (uint8_t) s;
@@ -462,8 +468,33 @@ struct packer {
             }
             w.lowest[group]  = is_held ? fminf(low, w.zero[group]) : low;
             w.highest[group] = is_held ? fmaxf(high, w.scale[group]) : high;
+            if (is_held && is_k && w.zero[group] <= w.scale[group] && is_cut(Y, group)) {
+                w.lowest[group]  = w.zero[group];
+                w.highest[group] = w.scale[group];
+            }
         });
         __syncthreads();
+    }
+
+    // Whether kept rows keep their range and what new ones have beyond it is cut off, or the range widens. The old one waits in zero and scale.
+    __device__ bool is_cut(const float * Y, int group) const {
+        const int   first = group / d() * layout.group, c = group % d();
+        const float old_low = w.zero[group], old_high = w.scale[group], low = w.lowest[group], high = w.highest[group];
+        const float old_step = (old_high - old_low) / (float) layout.levels, step = (high - low) / (float) layout.levels;
+        const float old_rounding = old_step * old_step / 12.0f, rounding = step * step / 12.0f;
+        float       cut = 0, widened = 0;
+        for (int t = first; t < first + layout.group; ++t) {
+            const float y = Y[t * d() + c];
+            if (source[t] == place_packed) {
+                widened += rounding;
+            } else if (!is_absent(y)) {
+                const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f;
+                const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f;
+                cut += beyond_old * beyond_old + old_rounding;
+                widened += beyond * beyond + rounding;
+            }
+        }
+        return cut <= widened;
     }
 
     __device__ void code_ranges(bool is_held) {
@@ -494,8 +525,9 @@ struct packer {
         });
         __syncthreads();
         for_each(part.n_group, [&](int group) {
-            const int set = is_k ? group % part.n_set : group / T();
-            code_range_8(make_set_range(s.lowest[set], s.highest[set], layout.levels), w, group, layout.levels, scales, zeros);
+            const int  set       = is_k ? group % part.n_set : group / T();
+            const bool as_it_was = is_held && w.lowest[group] == w.zero[group] && w.highest[group] == w.scale[group];
+            code_range_8(make_set_range(s.lowest[set], s.highest[set], layout.levels), w, group, layout.levels, scales, zeros, as_it_was);
         });
         __syncthreads();
     }

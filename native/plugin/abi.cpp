@@ -12,7 +12,7 @@ namespace gear::abi {
 
 namespace {
 
-const char * const tested_releases = "llama-cpp-python 0.3.36 (ggml 0.25.3)";
+const char * const tested_releases = "llama-cpp-python 0.3.32 to 0.3.36 (ggml 0.15.3 to 0.25.3)";
 
 functions api;
 numbers   num;
@@ -100,6 +100,12 @@ void find_functions(void * libllama) {
         const void * symbol = dlsym(handle, "GOMP_parallel"); // LLVM's OpenMP has one, too
         Dl_info      info;
         has_gnu_openmp |= symbol && dladdr(symbol, &info) != 0 && info.dli_fname && strstr(info.dli_fname, "libgomp");
+    }
+    if (!missing.empty() && api.ggml_init) {
+        fail(GEAR_ERROR_ABI,
+             "this ggml (version %s) is not one that gearcpp %s knows. Tested with %s. Install a tested llama-cpp-python, or a gearcpp that knows this "
+             "one. It lacks %s",
+             api.ggml_version ? api.ggml_version() : "unknown", gear_version(), tested_releases, missing.c_str());
     }
     if (!missing.empty()) {
         fail(GEAR_ERROR_ABI,

@@ -421,6 +421,44 @@ class Cache:
         check(lib.gear_cache_stats(self._cache, _side_number(side), stats))
         return struct_to_dict(stats[0])
 
+    def save(self, side: Side) -> bytes:
+        """One side as sessions hold it, its tiles as they are."""
+        pieces: list[bytes] = []
+
+        @ffi.callback("gear_session_write", error=1)  # type: ignore[untyped-decorator]
+        def write(_: Any, data: Any, n: int) -> int:
+            pieces.append(bytes(ffi.buffer(data, n)))
+            return 0
+
+        check(lib.gear_cache_save(self._cache, _side_number(side), write, ffi.NULL))
+        return b"".join(pieces)
+
+    def load(self, side: Side, saved: bytes, to: npt.ArrayLike | None = None) -> int:
+        """Fill an empty side with what `save` gave.
+
+        Args:
+            to: [n_stream * n_cell] where each cell goes; None: where it was, bit for bit.
+
+        Returns:
+            Rows out of tiles that were coded again.
+
+        Raises:
+            DataError: ``saved`` is damaged, or of another cache.
+            ConfigError: the cache is not empty, or two cells go to one.
+        """
+        places = None if to is None else np.ascontiguousarray(to, np.int64)
+        if places is not None and places.shape != (self.n_cell * self.n_stream,):
+            raise from_status(lib.GEAR_ERROR_INVALID, f"to must be [{self.n_cell * self.n_stream}], not {list(places.shape)}")
+
+        @ffi.callback("gear_session_read", error=1)  # type: ignore[untyped-decorator]
+        def read(_: Any, offset: int, data: Any, n: int) -> int:
+            ffi.memmove(data, saved[offset : offset + n], n)
+            return 0
+
+        n_changed = ffi.new("int64_t *")
+        check(lib.gear_cache_load(self._cache, _side_number(side), len(saved), read, ffi.NULL, _pointer(places, "int64_t *"), n_changed))
+        return int(n_changed[0])
+
     def attend(
         self,
         q: npt.ArrayLike,

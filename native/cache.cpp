@@ -3,11 +3,15 @@
 #include "codec/codec.h"
 #include "common/error.h"
 #include "common/memory.h"
+#include "session/callbacks.h"
+#include "session/store_image.h"
 #include "store/gear_codec.h"
 #include "store/store.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -61,6 +65,12 @@ void require(const void * pointer, const char * name) {
     }
 }
 
+void require_function(bool is_there, const char * name) {
+    if (!is_there) {
+        gear::fail(GEAR_ERROR_INVALID, "%s is NULL", name);
+    }
+}
+
 void require_threads(int32_t n_threads) {
     if (n_threads < 1 || n_threads > max_threads) {
         gear::fail(GEAR_ERROR_INVALID, "n_threads %d: use 1 to %d", n_threads, max_threads);
@@ -97,6 +107,87 @@ template <class F> void run_on_store(gear::store & rows, int32_t n_threads, F &&
     if (!ok) {
         gear::fail(rows.status(), "%s", rows.message());
     }
+}
+
+// The cells that hold a row, in ranges. `offset` is of llama.cpp's state, which there is none of.
+std::vector<gear::cell_range> written_ranges(const gear::store & rows) {
+    std::vector<gear::cell_range> ranges;
+    const gear::store_shape &     shape = rows.shape();
+    for (int stream = 0; stream < shape.n_stream; ++stream) {
+        for (int tile = 0; tile < rows.n_tile(); ++tile) {
+            const gear::tile_view view = rows.view(stream, tile);
+            for (int token = 0; token < view.n_token; ++token) {
+                const int64_t cell = stream * shape.n_cell + (int64_t) tile * shape.tile + token;
+                if (view.slot[token] < 0 && !view.in_tile[token]) {
+                    continue;
+                }
+                if (!ranges.empty() && ranges.back().cell + ranges.back().n == cell) {
+                    ++ranges.back().n;
+                } else {
+                    ranges.push_back({ cell, 1, 0 });
+                }
+            }
+        }
+    }
+    return ranges;
+}
+
+// One placement for each run of cells that stay side by side.
+std::vector<gear::placement> placements(const gear::store_image & image, const int64_t * to, int64_t n_all) {
+    std::vector<gear::placement> places;
+    std::vector<bool>            is_taken((size_t) n_all);
+    for (const gear::cell_range & range : image.ranges) {
+        for (int64_t i = 0; i < range.n; ++i) {
+            const int64_t cell = range.cell + i, place = to ? to[cell] : cell;
+            if (place < 0 || place >= n_all || is_taken[(size_t) place]) {
+                gear::fail(GEAR_ERROR_INVALID, "cell %lld cannot go to cell %lld: that is none of the %lld, or one that another goes to", (long long) cell,
+                           (long long) place, (long long) n_all);
+            }
+            is_taken[(size_t) place] = true;
+            if (i > 0 && places.back().to + places.back().n == place) {
+                ++places.back().n;
+            } else {
+                places.push_back({ cell, 1, place });
+            }
+        }
+    }
+    return places;
+}
+
+void save_side(const side_cache & side, gear::output & out) {
+    const gear::store &     rows  = *side.rows;
+    const gear::store_image image = gear::image_of(rows, side.codec.get(), written_ranges(rows));
+    gear::write_head(out);
+    gear::write_section(out, gear::section_kind::tensor, [&](gear::output & to) { gear::write_image(to, image, rows); });
+    gear::write_section(out, gear::section_kind::end, [](gear::output &) {});
+}
+
+int64_t load_side(const side_cache & side, const gear::input & in, const int64_t * to) {
+    gear::store &             rows     = *side.rows;
+    const gear::store_shape & shape    = rows.shape();
+    const auto                sections = gear::check_sections(in);
+    if (sections.size() != 1 || sections[0].kind != gear::section_kind::tensor) {
+        gear::fail(GEAR_ERROR_DATA, "it is not what gear_cache_save wrote");
+    }
+    const gear::store_image   image = gear::read_image(in, sections[0]);
+    const gear::store_shape & saved = image.shape;
+    gear::require_codec(image, side.codec.get());
+    if (saved.side != shape.side || saved.n_head != shape.n_head || saved.d_head != shape.d_head || saved.n_cell != shape.n_cell ||
+        saved.n_stream != shape.n_stream || saved.tile != shape.tile) {
+        gear::fail(GEAR_ERROR_DATA, "it is of a cache of another shape");
+    }
+    if (rows.stats().n_written > 0) {
+        gear::fail(GEAR_ERROR_INVALID, "this cache holds %lld rows: clear it first", (long long) rows.stats().n_written);
+    }
+    const auto write = [&](int64_t n, const int64_t * cells, const uint16_t * data) {
+        for (int64_t first = 0, n_now; first < n; first += n_now) {
+            n_now                              = std::min<int64_t>(n - first, shape.n_ubatch);
+            const gear::cell_source from_cells = { cells + first, sizeof(int64_t), true };
+            const gear::row_source  from_rows  = { data + first * shape.n_embd(), (size_t) shape.n_embd() * sizeof(uint16_t), true };
+            run_on_store(rows, 1, [&](const gear::team & t) { return rows.write(t, n_now, from_cells, from_rows); });
+        }
+    };
+    return gear::restore_image(in, image, placements(image, to, shape.n_cell * shape.n_stream), &rows, side.codec.get(), write);
 }
 
 } // namespace
@@ -162,9 +253,7 @@ gear_status gear_cache_update(gear_cache * cache, gear_side side, const uint8_t 
     return gear::guarded([&] {
         require(cache, "cache");
         require(marked, "marked");
-        if (!f) {
-            gear::fail(GEAR_ERROR_INVALID, "f is NULL");
-        }
+        require_function(f != nullptr, "f");
         cache->side(side).rows->update(marked, [&](int64_t cell, int n_token, uint16_t * rows) { f(user, cell, n_token, rows); });
     });
 }
@@ -204,6 +293,31 @@ gear_status gear_cache_stats(gear_cache * cache, gear_side side, gear_store_stat
         require(cache, "cache");
         require(stats, "stats");
         *stats = cache->side(side).rows->stats();
+    });
+}
+
+gear_status gear_cache_save(gear_cache * cache, gear_side side, gear_session_write write, void * user) {
+    return gear::guarded([&] {
+        require(cache, "cache");
+        require_function(write != nullptr, "write");
+        gear::callback_output out(write, user);
+        save_side(cache->side(side), out);
+        out.finish();
+    });
+}
+
+gear_status gear_cache_load(gear_cache * cache, gear_side side, int64_t n_bytes, gear_session_read read, void * user, const int64_t * to,
+                            int64_t * n_changed) {
+    return gear::guarded([&] {
+        require(cache, "cache");
+        require_function(read != nullptr, "read");
+        if (n_bytes < 0) {
+            gear::fail(GEAR_ERROR_INVALID, "there cannot be %lld bytes", (long long) n_bytes);
+        }
+        const int64_t n = load_side(cache->side(side), gear::callback_input(n_bytes, read, user), to);
+        if (n_changed) {
+            *n_changed = n;
+        }
     });
 }
 

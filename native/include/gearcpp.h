@@ -231,6 +231,19 @@ GEAR_API gear_status gear_cache_clear(gear_cache * cache);
 GEAR_API gear_status gear_cache_attend(gear_cache * cache, const gear_attention_params * params, int32_t n_threads);
 GEAR_API gear_status gear_cache_stats(gear_cache * cache, gear_side side, gear_store_stats * stats);
 
+// Take n bytes; 0, or another number when they could not be written.
+typedef int32_t (*gear_session_write)(void * user, const void * data, int64_t n);
+// Give n bytes from offset on, all of them; 0, or another number when they could not be read.
+typedef int32_t (*gear_session_read)(void * user, int64_t offset, void * data, int64_t n);
+
+// One side as sessions hold it: its tiles as they are.
+GEAR_API gear_status gear_cache_save(gear_cache * cache, gear_side side, gear_session_write write, void * user);
+// What was saved of a cache of this configuration, into one of the same cells that holds nothing. Cells that come back where they were are bit for bit
+// what they were; others are coded again. Where it fails on the way the cache has to be cleared.
+//   to i64 [n_stream * n_cell]: where each saved cell goes, or NULL: where it was      n_changed (may be NULL): rows out of tiles that were coded again
+GEAR_API gear_status gear_cache_load(gear_cache * cache, gear_side side, int64_t n_bytes, gear_session_read read, void * user, const int64_t * to,
+                                     int64_t * n_changed);
+
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // The llama.cpp plugin
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -268,6 +281,7 @@ GEAR_API void          gear_device_free(gear_device * device);
 // The ggml_backend_dev_t to put into llama_model_params.devices.
 GEAR_API void *        gear_device_ggml(gear_device * device);
 // The last failure inside this device (it also failed the llama.cpp call), "" when there was none; cleared by the call. status may be NULL.
+// Valid until the thread's next call of this function.
 GEAR_API const char *  gear_device_error(gear_device * device, gear_status * status);
 // Statistics of every store of every live context on this device: writes up to n entries, returns how many there are.
 GEAR_API int32_t       gear_device_stats(gear_device * device, gear_store_stats * stats, int32_t n);
@@ -285,11 +299,6 @@ GEAR_API int64_t       gear_device_scratch_bytes(gear_device * device);
 // The window is address space: of a GEAR cache llama.cpp's f16 rows are neither made nor kept in it. One session at a time for a context.
 
 typedef struct gear_session gear_session;
-
-// Take n bytes; 0, or another number when they could not be written.
-typedef int32_t (*gear_session_write)(void * user, const void * data, int64_t n);
-// Give n bytes from offset on, all of them; 0, or another number when they could not be read.
-typedef int32_t (*gear_session_read)(void * user, int64_t offset, void * data, int64_t n);
 
 // device NULL: a context whose cache is llama.cpp's own; its state is kept as it is. NULL: see gear_last_error.
 GEAR_API gear_session * gear_session_new(gear_device * device, int64_t state_bytes);

@@ -5,12 +5,15 @@
 #include "common/error.h"
 #include "plugin/device.h"
 #include "plugin/kv_session.h"
+#include "session/callbacks.h"
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,8 +22,7 @@ static std::atomic<int> n_devices{ 0 };
 
 struct gear_device {
     explicit gear_device(const gear_device_params & params) : device(params, n_devices++) {}
-    gear::kv_device  device;
-    gear::kept_error error; // what gear_device_error returned
+    gear::kv_device device;
 };
 
 struct gear_session {
@@ -63,9 +65,14 @@ void set_field(gear_config & c, const std::string & name, const std::string & va
         { "n_tail", &c.n_tail, nullptr },
         { "n_sink", &c.n_sink, nullptr },
     };
-    char *       end    = nullptr;
-    const double number = strtod(value.c_str(), &end);
-    if (name == "seed" && end != value.c_str() && *end == '\0' && number >= 0) {
+    char *       end       = nullptr;
+    const double number    = strtod(value.c_str(), &end);
+    const bool   is_number = end != value.c_str() && *end == '\0';
+    const bool   is_whole  = is_number && std::fabs(number) < INT32_MAX && number == (int32_t) number;
+    if (name == "seed") {
+        if (!is_number || !(number >= 0 && number <= UINT32_MAX)) {
+            gear::fail(GEAR_ERROR_INVALID, "GEARCPP_KV: seed=%s is not a number from 0 to %u", value.c_str(), UINT32_MAX);
+        }
         c.seed = (uint32_t) number;
         return;
     }
@@ -73,8 +80,8 @@ void set_field(gear_config & c, const std::string & name, const std::string & va
         if (name != f.name) {
             continue;
         }
-        if (end == value.c_str() || *end != '\0' || (f.whole && number != (int32_t) number)) {
-            gear::fail(GEAR_ERROR_INVALID, "GEARCPP_KV: %s=%s is not a number", name.c_str(), value.c_str());
+        if (!(f.whole ? is_whole : is_number)) {
+            gear::fail(GEAR_ERROR_INVALID, "GEARCPP_KV: %s=%s is not a %snumber", name.c_str(), value.c_str(), f.whole ? "whole " : "");
         }
         if (f.real) {
             *f.real      = (float) number;
@@ -108,73 +115,11 @@ gear_config config_from_environment() {
     return c;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-// Sessions through the caller's functions
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-
-// Gathers small writes: a call of the caller's function may be slow.
-class callback_output final : public gear::output {
-  public:
-    callback_output(gear_session_write write, void * user) : write_(write), user_(user) { block_.reserve(block_bytes); }
-
-    void write(const void * data, size_t n) override {
-        if (block_.size() + n > block_bytes) {
-            finish();
-        }
-        if (n >= block_bytes) {
-            pass(data, n);
-        } else {
-            block_.insert(block_.end(), (const uint8_t *) data, (const uint8_t *) data + n);
-        }
-    }
-    void finish() {
-        if (!block_.empty()) {
-            pass(block_.data(), block_.size());
-            block_.clear();
-        }
-    }
-
-  private:
-    static constexpr size_t block_bytes = (size_t) 1 << 18;
-
-    void pass(const void * data, size_t n) {
-        if (write_(user_, data, (int64_t) n) != 0) {
-            gear::fail(GEAR_ERROR_CALLBACK, "the session could not be written");
-        }
-    }
-
-    gear_session_write   write_;
-    void *               user_;
-    std::vector<uint8_t> block_;
-};
-
-class callback_input final : public gear::input {
-  public:
-    callback_input(int64_t size, gear_session_read read, void * user) : size_(size), read_(read), user_(user) {}
-
-    uint64_t size() const override { return (uint64_t) size_; }
-    void     read(uint64_t offset, void * data, size_t n) const override {
-        for (size_t done = 0, n_now = 0; done < n; done += n_now) {
-            n_now = std::min(n - done, most_bytes);
-            if (read_(user_, (int64_t) (offset + done), (uint8_t *) data + done, (int64_t) n_now) != 0) {
-                gear::fail(GEAR_ERROR_CALLBACK, "the session could not be read");
-            }
-        }
-    }
-
-  private:
-    static constexpr size_t most_bytes = (size_t) 1 << 24; // of one call: systems give no more than 2 GiB at once
-
-    int64_t           size_;
-    gear_session_read read_;
-    void *            user_;
-};
-
 gear::kv_device * device_of(gear_device * device) {
     return device ? &device->device : nullptr;
 }
 
-void require(bool ok, const char * what) {
+template <class T> void require(const T & ok, const char * what) {
     if (!ok) {
         gear::fail(GEAR_ERROR_INVALID, "%s", what);
     }
@@ -210,6 +155,8 @@ gear_device * gear_device_new(const gear_device_params * params) {
         if (!gear::abi::is_open()) {
             gear::fail(GEAR_ERROR_ABI, "gear_open must come before gear_device_new");
         }
+        require(params, "params is NULL");
+        require(params->n_layer >= 0 && (params->layers || params->n_layer == 0), "n_layer says how many layers there are, and layers is where they are");
         made = new gear_device(*params);
     });
     return made;
@@ -220,20 +167,23 @@ void gear_device_free(gear_device * device) {
 }
 
 void * gear_device_ggml(gear_device * device) {
-    return device->device.ggml_device();
+    return device ? device->device.ggml_device() : nullptr;
 }
 
 const char * gear_device_error(gear_device * device, gear_status * status) {
-    device->error = device->device.take_error();
+    static thread_local gear::kept_error taken;
+    taken = device ? device->device.take_error() : gear::kept_error();
     if (status) {
-        *status = device->error.status;
+        *status = taken.status;
     }
-    return device->error.text;
+    return taken.text;
 }
 
 int32_t gear_device_stats(gear_device * device, gear_store_stats * stats, int32_t n) {
     int32_t count = -1;
     gear::guarded([&] {
+        require(device, "device is NULL");
+        require(stats || n <= 0, "stats is NULL");
         const auto all = device->device.stats();
         std::copy_n(all.begin(), std::min<size_t>(all.size(), (size_t) std::max(n, 0)), stats);
         count = (int32_t) all.size();
@@ -242,7 +192,7 @@ int32_t gear_device_stats(gear_device * device, gear_store_stats * stats, int32_
 }
 
 int64_t gear_device_scratch_bytes(gear_device * device) {
-    return device->device.scratch_bytes();
+    return device ? device->device.scratch_bytes() : 0;
 }
 
 gear_session * gear_session_new(gear_device * device, int64_t state_bytes) {
@@ -258,7 +208,7 @@ gear_session * gear_session_open(int64_t n_bytes, gear_session_read read, void *
     gear_session * made = nullptr;
     gear::guarded([&] {
         require(n_bytes >= 0 && read, "a session is read through a function, and cannot have a negative number of bytes");
-        made = new gear_session(std::make_unique<callback_input>(n_bytes, read, user), note_only != 0);
+        made = new gear_session(std::make_unique<gear::callback_input>(n_bytes, read, user), note_only != 0);
     });
     return made;
 }
@@ -268,35 +218,45 @@ void gear_session_free(gear_session * session) {
 }
 
 void * gear_session_window(gear_session * session, int64_t * n_bytes) {
-    *n_bytes = (int64_t) session->session.window_size();
-    return session->session.window();
+    if (n_bytes) {
+        *n_bytes = session ? (int64_t) session->session.window_size() : 0;
+    }
+    return session ? session->session.window() : nullptr;
 }
 
 const void * gear_session_note(gear_session * session, int64_t * n_bytes) {
-    *n_bytes = (int64_t) session->session.note().size();
-    return session->session.note().data();
+    if (n_bytes) {
+        *n_bytes = session ? (int64_t) session->session.note().size() : 0;
+    }
+    return session ? session->session.note().data() : nullptr;
 }
 
 int64_t gear_session_extra_bytes(gear_session * session) {
-    return (int64_t) session->session.extra_size();
+    return session ? (int64_t) session->session.extra_size() : 0;
 }
 
 gear_status gear_session_save(gear_session * session, int64_t state_bytes, const void * note, int64_t n_note, const void * extra, int64_t n_extra,
                               int32_t n_threads, gear_session_write write, void * user) {
     return gear::guarded([&] {
+        require(session, "session is NULL");
         require(state_bytes >= 0 && n_note >= 0 && n_extra >= 0 && write, "a session is written through a function, and nothing has negative bytes");
-        callback_output out(write, user);
+        require((note || n_note == 0) && (extra || n_extra == 0), "note or extra is NULL, but has bytes");
+        gear::callback_output out(write, user);
         session->session.save((size_t) state_bytes, note, (size_t) n_note, extra, (size_t) n_extra, n_threads, out);
         out.finish();
     });
 }
 
 gear_status gear_session_attach(gear_session * session, gear_device * device) {
-    return gear::guarded([&] { session->session.attach(device_of(device)); });
+    return gear::guarded([&] {
+        require(session, "session is NULL");
+        session->session.attach(device_of(device));
+    });
 }
 
 gear_status gear_session_restore(gear_session * session, void * extra, int64_t * n_changed) {
     return gear::guarded([&] {
+        require(session, "session is NULL");
         const int64_t n = session->session.restore(extra);
         if (n_changed) {
             *n_changed = n;
@@ -305,7 +265,7 @@ gear_status gear_session_restore(gear_session * session, void * extra, int64_t *
 }
 
 uint64_t gear_checksum(const void * data, int64_t n) {
-    return gear::checksum_of(data, (size_t) std::max<int64_t>(n, 0));
+    return gear::checksum_of(data, data ? (size_t) std::max<int64_t>(n, 0) : 0);
 }
 
 // What ggml's loader calls after dlopen: the highest score wins, 0 refuses.
@@ -314,8 +274,10 @@ GEAR_API int ggml_backend_score(void) {
 }
 
 GEAR_API gear::abi::reg * ggml_backend_init(void) {
+    static std::mutex    lock;
     static gear_device * device = nullptr; // lives as long as the process: llama.cpp never gives a registered device back
     const gear_status    status = gear::guarded([] {
+        const std::lock_guard<std::mutex> guard(lock);
         if (!device) {
             gear::abi::open(nullptr);
             const gear_device_params params = { config_from_environment(), nullptr, 0, 0, nullptr, nullptr, nullptr };

@@ -10,7 +10,8 @@ namespace gear {
 
 namespace {
 
-constexpr size_t most_note = (size_t) 1 << 30;
+constexpr size_t most_note    = (size_t) 1 << 30;
+constexpr int    most_threads = 1024;
 
 char letter(gear_side side) {
     return side == GEAR_SIDE_K ? 'K' : 'V';
@@ -58,7 +59,10 @@ void kv_session::note_saved(session_tensor & tensor, int64_t cell, int64_t n, co
 }
 
 void kv_session::save(size_t n_state, const void * note, size_t n_note, const void * extra, size_t n_extra, int n_threads, output & out) {
-    if (n_state > n_window_ || n_threads < 1 || n_note > most_note) {
+    if (in_) {
+        fail(GEAR_ERROR_INVALID, "this session was opened to be restored: make one with gear_session_new to save");
+    }
+    if (n_state > n_window_ || n_threads < 1 || n_threads > most_threads || n_note > most_note) {
         fail(GEAR_ERROR_INVALID, "cannot save a state of %zu bytes in a window of %zu with %d threads and a note of %zu bytes", n_state, n_window_,
              n_threads, n_note);
     }

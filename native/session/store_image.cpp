@@ -11,7 +11,7 @@ namespace gear {
 
 namespace {
 
-constexpr int64_t most_cells = INT32_MAX;
+constexpr int64_t most_cells = INT32_MAX, most_embd = 1 << 24; // so that nothing below can overflow
 
 [[noreturn]] void fail_inconsistent(const store_shape & shape, const char * what) {
     fail(GEAR_ERROR_DATA, "it is inconsistent: layer %d %s: %s", shape.il, shape.side == GEAR_SIDE_K ? "K" : "V", what);
@@ -119,9 +119,9 @@ namespace {
 void check_shape(const store_image & image) {
     const store_shape & s         = image.shape;
     const auto          is_within = [](int64_t value, int64_t least, int64_t most) { return least <= value && value <= most; };
-    if (!is_within(s.il, 0, 1 << 20) || !is_within(s.n_head, 1, 1 << 16) || !is_within(s.d_head, 1, 1 << 16) || !is_within(s.tile, 1, 1 << 16) ||
-        s.n_tail < 0 || s.n_sink < 0 || !is_within(s.n_stream, 1, 1 << 16) || !is_within(s.n_cell, 1, most_cells) || s.n_cell > most_cells / s.n_stream ||
-        image.tile_bytes > (uint64_t) 1 << 32) {
+    if (!is_within(s.il, 0, 1 << 20) || !is_within(s.n_head, 1, 1 << 16) || !is_within(s.d_head, 1, most_embd / s.n_head) ||
+        !is_within(s.tile, 1, 1 << 16) || s.n_tail < 0 || s.n_sink < 0 || !is_within(s.n_stream, 1, 1 << 16) || !is_within(s.n_cell, 1, most_cells) ||
+        s.n_cell > most_cells / s.n_stream || image.tile_bytes > (uint64_t) 1 << 32) {
         fail_inconsistent(s, "its shape is out of range");
     }
 }
@@ -272,6 +272,8 @@ class restorer {
 
     void stream(int index) {
         const stream_image & of       = image_.streams[index];
+        // Rows of a stream before this one may have come here: then the clock runs already, and what was as it was has its place no more.
+        is_fresh_                     = target_ && index < target_->shape().n_stream && target_->clock(index) == 0;
         const bool           in_place = stays(index);
         std::vector<uint8_t> has_row(image_.shape.n_cell);
         for (const exact_cell & e : of.exact) {
@@ -312,14 +314,15 @@ class restorer {
             return false;
         }
         const store_shape &a = image.shape, &b = target->shape();
+        const bool         has_tiles = std::any_of(image.streams.begin(), image.streams.end(), [](const stream_image & of) { return !of.tiles.empty(); });
         return a.n_head == b.n_head && a.d_head == b.d_head && a.tile == b.tile && a.n_tail == b.n_tail && a.n_sink == b.n_sink &&
-               image.tile_bytes == target->tile_bytes() && (image.tile_bytes == 0 || target->has_tiles());
+               image.tile_bytes == target->tile_bytes() && (!has_tiles || target->has_tiles());
     }
 
     // Whether a cell, a tile with all its cells, or a stream with all of its exact rows can be what it was where it was.
     bool stays(int index, int64_t cell) const { return target_of(places_, index * image_.shape.n_cell + cell) == index * target_->shape().n_cell + cell; }
     bool stays(int index, const tile_image & kept) const {
-        if (!target_) {
+        if (!is_fresh_) {
             return false;
         }
         for (int token = 0; token < image_.shape.tile; ++token) {
@@ -331,9 +334,8 @@ class restorer {
     }
     bool stays(int index) const {
         const stream_image & of = image_.streams[index];
-        return target_ && index < target_->shape().n_stream && (int64_t) of.exact.size() <= target_->room(index) &&
-               std::all_of(
-                   of.tiles.begin(), of.tiles.end(), [&](const tile_image & kept) { return stays(index, kept); }) &&
+        return is_fresh_ && (int64_t) of.exact.size() <= target_->room(index) &&
+               std::all_of(of.tiles.begin(), of.tiles.end(), [&](const tile_image & kept) { return stays(index, kept); }) &&
                std::all_of(of.exact.begin(), of.exact.end(), [&](const exact_cell & e) { return stays(index, e.cell); });
     }
 
@@ -379,7 +381,8 @@ class restorer {
     const tile_codec *             codec_;
     row_batch                      batch_;
     aligned_buffer                 heads_, scratch_;
-    std::vector<float>             x_; // [T, d_head]
+    std::vector<float>             x_;                 // [T, d_head]
+    bool                           is_fresh_  = false; // nothing was written to the stream in hand
     int64_t                        n_changed_ = 0;
 };
 

@@ -146,7 +146,7 @@ def test_what_llama_cpp_does_with_a_cache_leaves_it_as_on_the_cpu(emulated: Path
     for name, wanted in cpu.items():
         distance = np.abs(cuda[name] - wanted).max(1) / np.abs(wanted).max(1)
         print(name, distance.max())
-        assert distance.max() < 0.02, name
+        assert distance.max() < 0.05, name  # a fault is beyond 0.25 (test_cache_life.py)
 
 
 def test_sessions_move_between_devices(emulated: Path, bundled_model: Path, tmp_path: Path) -> None:

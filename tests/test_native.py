@@ -154,7 +154,8 @@ def test_a_cache_attends_to_what_it_reads(with_sinks: bool, softcap: float, rand
         got = cache.attend(q, mask=mask, sinks=sinks, softcap=softcap)
         k = cache.read("k").astype(np.float64).reshape(n_cell, n_head_kv, d_k)
         v = cache.read("v").astype(np.float64).reshape(n_cell, n_head_kv, d_v)
-        np.testing.assert_allclose(got, softmax_attention(q, k, v, mask, sinks, softcap), atol=2e-3)  # read() rounds to f16
+        # read() rounds to f16, and the products round q and p to a byte where that adds little to the codes' own error (test_attention.cpp has the bound).
+        np.testing.assert_allclose(got, softmax_attention(q, k, v, mask, sinks, softcap), atol=1e-2)
 
         cache.clear()
         assert cache.stats("k")["n_written"] == 0

@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -290,6 +291,7 @@ def test_files_that_something_else_wrote(llm: Llama, tmp_path: Path) -> None:
         "longer than its contents": put_together([note, state, (TENSOR, k + b"\0"), *tensors[1:], end]),
         "a section ends before": put_together([note, state, (TENSOR, k[:-1]), *tensors[1:], end]),
         "out of range": put_together([note, state, (TENSOR, k[:8] + b"\xff\xff\xff\x7f" + k[12:]), *tensors[1:], end]),
+        "its shape is out of range": put_together([note, state, (TENSOR, k[:8] + struct.pack("<2i", 1 << 16, 1 << 16) + k[16:]), *tensors[1:], end]),
         "another cache configuration": put_together([note, state, (TENSOR, k[:48] + b"\0" + k[49:]), *tensors[1:], end]),
         "not as long as its parts": put_together([note, (STATE, state[1][:-1]), *tensors, end]),
         "a section is in the wrong place": put_together([note, state, state, *tensors, end]),

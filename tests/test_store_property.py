@@ -244,12 +244,12 @@ class Store(RuleBasedStateMachine):
             self.truth[side][to] = self.seen[side]
         self.written[to] = self.written.copy()
         self.touched[:] = True
-        # Of what was exact only the tails are sure to be it still: they are written last, in their order.
-        tails = [[int(to[cell]) for cell in cells[max(0, len(cells) - self.config.n_tail) :] if cell >= 0] for cells in self.history]
+        # Of what was exact only the tails are sure to be it still: they are written last, in their order. Erased rows count as long as nothing moves.
+        tails = [[int(to[cell]) if cell >= 0 else -1 for cell in cells[max(0, len(cells) - self.config.n_tail) :]] for cells in self.history]
         self.history = [[] for _ in range(self.n_stream)]
         for tail in tails:
-            if tail:
-                self.history[tail[0] // self.n_cell] = tail
+            if max(tail, default=-1) >= 0:
+                self.history[max(tail) // self.n_cell] = tail
         self.last = set()
         self.cache.close()
         self.cache = fresh

@@ -58,7 +58,12 @@ def main() -> None:
         for port in ports.values():
             measure(port, 1, args, random.Random("warm"), n_requests=1)  # warm
         runs = {(name, n): Run() for name in ports for n in clients}
+        start = time.monotonic()
         for repetition in range(args.repetitions):
+            seconds = time.monotonic() - start
+            if repetition and seconds * (repetition + 1) / repetition > 60 * args.minutes:
+                print(f"# {repetition} repetitions: one more would go beyond {args.minutes:g} minutes", file=sys.stderr)
+                break
             order = list(runs)
             for name, n in order if repetition % 2 == 0 else reversed(order):
                 result = measure(ports[name], n, args, random.Random(f"{repetition} {n}"))
@@ -79,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--predict", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--requests", type=int, default=2, help="of each client, one after the other")
     parser.add_argument("-r", "--repetitions", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=5.0, help="begin no repetition that would end later (default: 5)")
     parser.add_argument("-c", "--ctx-size", type=int, default=8192)
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--llama-server", type=Path, help="a llama-server to compare with")

@@ -195,6 +195,25 @@ def normalize_kv_type(kv_type: KVTypeLike, *, recorder: Any = None) -> KVType:
     raise ConfigError(f"kv_type must be a name, a pair of names, a GearConfig, a mapping of its fields or a method, not {type(kv_type).__name__}{hint}")
 
 
+TAIL_SHARE = 8  # a tail that grows with the sequences takes at most one in so many cells of the context
+
+
+def for_sequences(kv: KVType, n_seq: int, n_ctx: int) -> KVType:
+    """The cache for a context whose cells several sequences share: a tail of n_tail rows for each.
+
+    The tail is the last rows written by all of them together, so n_tail rows are a few of each. It becomes n_tail * n_seq rows, but no more than
+    n_ctx / 8, and never less than n_tail.
+
+    Args:
+        n_seq: most sequences decoded together.
+        n_ctx: cells that they share.
+    """
+    if not kv.gear or n_seq <= 1:
+        return kv
+    n_tail = kv.gear.n_tail
+    return replace(kv, gear=kv.gear.replace(n_tail=max(n_tail, min(n_tail * n_seq, n_ctx // TAIL_SHARE))))
+
+
 def _of_method(method: TileMethod) -> KVType:
     config = GearConfig() if method.tile is None else GearConfig(tile=method.tile)
     check_config(config)

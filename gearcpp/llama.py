@@ -20,7 +20,7 @@ from . import _native, kv_stats, sessions
 from ._arguments import parent_arguments
 from ._llama_log import LlamaLog
 from .caches import PackedCache
-from .config import KVType, KVTypeLike, normalize_kv_type
+from .config import KVType, KVTypeLike, for_sequences, normalize_kv_type
 from .device import Codec, GearDevice
 from .errors import ClosedError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
 from .model_info import NO_CACHE, ModelInfo, read_model_info
@@ -62,6 +62,7 @@ class Llama(llama_cpp.Llama):
     _stack: Any = None  # what to free; None until the parent makes it, because __del__ runs also after a construction that failed early
     _device: GearDevice | None = None
     _owner: dict[str, Any] | None = None  # what sessions belong to, once it was asked for
+    _n_sequences = 1  # that share the cells of the context
 
     def __init__(self, model_path: str, *, kv_type: KVTypeLike = "gear", codec: Codec | None = None, **arguments: Any) -> None:
         self._given = {"model_path": model_path, "kv_type": kv_type, **({"codec": codec} if codec else {}), **arguments}
@@ -69,6 +70,7 @@ class Llama(llama_cpp.Llama):
         self.info: ModelInfo = read_model_info(model_path, arguments.get("kv_overrides"))
         has_cache = not arguments.get("vocab_only") and self.info.arch not in NO_CACHE
         resolved = parent_arguments(self.kv_type, {"model_path": model_path, **arguments}, self.info.n_ctx_train, has_cache=has_cache)
+        self.kv_type = for_sequences(self.kv_type, self._n_sequences, resolved["n_ctx"])
         codec = codec_of(self.kv_type, codec)
         if has_cache:
             self._check_memory(resolved["n_ctx"])

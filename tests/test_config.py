@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gearcpp import PRESETS, ConfigError, GearConfig, KVType, _native, normalize_kv_type
+from gearcpp.config import for_sequences
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -140,3 +141,10 @@ def test_replace_knows_its_fields() -> None:
     assert GearConfig().replace(bits_k=3) == GearConfig(bits_k=3)
     with pytest.raises(ConfigError, match=r"did you mean 'bits_[kv]' or 'bits_[kv]'"):
         GearConfig().replace(bits=3)
+
+
+@pytest.mark.parametrize(("n_seq", "n_ctx", "n_tail"), [(1, 65536, 128), (4, 65536, 512), (8, 65536, 1024), (8, 4096, 512), (8, 512, 128)])
+def test_the_tail_grows_with_the_sequences(n_seq: int, n_ctx: int, n_tail: int) -> None:
+    kv = for_sequences(normalize_kv_type("gear3"), n_seq, n_ctx)
+    assert kv.name == "gear3" and kv.gear == PRESETS["gear3"].replace(n_tail=n_tail)
+    assert for_sequences(normalize_kv_type("f16"), n_seq, n_ctx) == normalize_kv_type("f16")

@@ -49,6 +49,7 @@ class ServedLlama(Llama):
         self.name = name or model_path
         self.n_parallel = n_parallel
         self._is_embedder = bool(arguments.get("embedding"))
+        self._n_sequences = 1 if self._is_embedder else n_parallel
         super().__init__(model_path, **arguments)
         if not (self.has_chat_template or self.chat_handler or arguments.get("chat_format")):
             self.chat_handler = _refuse_chat

@@ -87,7 +87,7 @@ void check_attention(const gear_attention_params & p, const gear::store_shape & 
         gear::fail(GEAR_ERROR_INVALID, "n_kv %d: a stream has %lld cells", p.n_kv, (long long) shape.n_cell);
     }
     if (p.stream0 < 0 || p.n_stream < 1 || p.stream0 > shape.n_stream - p.n_stream) {
-        gear::fail(GEAR_ERROR_INVALID, "%d streams from stream %d on: the cache has %d", p.n_stream, p.stream0, shape.n_stream);
+        gear::fail(GEAR_ERROR_INVALID, "streams %d to %lld: the cache has %d", p.stream0, (long long) p.stream0 + p.n_stream - 1, shape.n_stream);
     }
     if (p.mask && (p.mask_n_head < 1 || p.mask_n_stream < 1)) {
         gear::fail(GEAR_ERROR_INVALID, "a mask of %d heads and %d streams: use at least 1 of each", p.mask_n_head, p.mask_n_stream);

@@ -98,6 +98,7 @@ class arena {
 struct side_tile {
     prepared_tile packed;
     bool          has_packed; // some cell in range is read from the packed tile
+    bool          is_prepared;
     exact_rows    exact;
     uint16_t *    copy;   // [tile, d_head padded] exact rows side by side
     int32_t *     absent; // [n_absent] cells never written
@@ -364,8 +365,17 @@ class worker {
         }
         if (side.has_packed) {
             side.packed.tile = packed;
-            kernels.prepare(side.packed);
         }
+        side.is_prepared = false;
+    }
+
+    // When a tile is first multiplied with and no sooner: until then its ranges are still being fetched.
+    const prepared_tile & prepared(side_tile & side) {
+        if (!side.is_prepared) {
+            kernels.prepare(side.packed);
+            side.is_prepared = true;
+        }
+        return side.packed;
     }
 
     // In the store a head's rows lie a whole row of all heads apart, where they crowd into a few sets of the cache.
@@ -405,7 +415,7 @@ class worker {
             for (int i = 0; i < n; ++i) {
                 std::fill(y.row(i) + range.first, y.row(i) + last_lane, 0.0f);
             }
-            kernels.multiply(k.packed, { q_rotated + first_row * p.q_stride, p.q_stride, n }, range.first, last_lane, y);
+            kernels.multiply(prepared(k), { q_rotated + first_row * p.q_stride, p.q_stride, n }, range.first, last_lane, y);
         }
         kernels.exact_scores(part_of(k.exact, range), p.d_k, { q + first_row * p.q_stride, p.q_stride, n }, y);
         for (int i = 0; i < n; ++i) {
@@ -435,7 +445,7 @@ class worker {
         const const_rows all    = { scores, (size_t) p.tile, n };
         if (v.has_packed) {
             const const_rows shown = v.exact.n + v.n_absent == 0 ? all : only_packed(n);
-            kernels.multiply(v.packed, shown, 0, (int) p.out_stride, { out_rotated + offset, p.out_stride });
+            kernels.multiply(prepared(v), shown, 0, (int) p.out_stride, { out_rotated + offset, p.out_stride });
         }
         kernels.exact_output(part_of(v.exact, range), p.d_v, all, { out + offset, p.out_stride });
     }

@@ -64,16 +64,18 @@ template <class V> struct kernels_for {
         const bool          is_k    = layout.side == GEAR_SIDE_K;
         const int           n_depth = layout.part.n_depth, stride = p.depth_stride();
         const uint16_t *    lo = (const uint16_t *) (p.tile + layout.part.lo), *hi = (const uint16_t *) (p.tile + layout.part.hi);
+        const uint8_t *     s = p.tile + layout.part.scale, *z = p.tile + layout.part.zero;
         const floats        level = V::set(1.0f / layout.levels), unit = V::set(1.0f / 255);
         const int n_range = is_k ? 1 : p.n_lane_group(), n_group = is_k ? p.n_lane_group() : 1; // of ranges, and of lane groups with the same range
+        float *   scale = p.scale, *zero = p.zero;
         for (int range = 0; range < n_range; ++range) {
             for (int i = 0; i < n_depth; i += lanes) {
                 const floats low  = is_k ? V::load_half(lo + i) : V::set_half(lo[range]);
                 const floats high = is_k ? V::load_half(hi + i) : V::set_half(hi[range]);
                 const floats step = V::mul(V::sub(high, low), unit), code_step = V::mul(step, level);
                 for (int group = range; group < range + n_group; ++group) {
-                    V::store(p.scale + group * stride + i, V::mul(code_step, V::load_u8(p.tile + layout.part.scale + group * n_depth + i)));
-                    V::store(p.zero + group * stride + i, V::fma(step, V::load_u8(p.tile + layout.part.zero + group * n_depth + i), low));
+                    V::store(scale + group * stride + i, V::mul(code_step, V::load_u8(s + group * n_depth + i)));
+                    V::store(zero + group * stride + i, V::fma(step, V::load_u8(z + group * n_depth + i), low));
                 }
             }
         }
@@ -81,9 +83,9 @@ template <class V> struct kernels_for {
 
     static void prepare_ranges16(const prepared_tile & p) {
         const tile_layout & layout  = *p.layout;
-        const int           n_depth = layout.part.n_depth, stride = p.depth_stride();
+        const int           n_depth = layout.part.n_depth, stride = p.depth_stride(), n_group = p.n_lane_group();
         const uint16_t *    s = (const uint16_t *) (p.tile + layout.part.scale), *z = (const uint16_t *) (p.tile + layout.part.zero);
-        for (int group = 0; group < p.n_lane_group(); ++group) {
+        for (int group = 0; group < n_group; ++group) {
             for (int i = 0; i < n_depth; i += lanes) {
                 V::store(p.scale + group * stride + i, V::load_half(s + group * n_depth + i));
                 V::store(p.zero + group * stride + i, V::load_half(z + group * n_depth + i));
@@ -136,22 +138,25 @@ template <class V> struct kernels_for {
     }
 
     static void prepare(const prepared_tile & p) {
-        const int n_depth = p.layout->part.n_depth, stride = p.depth_stride();
+        // Numbers of p are read once: the stores below might change them, for all that the compiler knows.
+        const int n_depth = p.layout->part.n_depth, stride = p.depth_stride(), n_group = p.n_lane_group();
+        float *   scale = p.scale, *zero = p.zero, *widest = p.widest, *square = p.square;
         p.layout->config.scale_bits == 8 ? prepare_ranges8(p) : prepare_ranges16(p);
-        for (int group = 0; group < p.n_lane_group(); ++group) {
+        for (int group = 0; group < n_group; ++group) {
             for (int i = n_depth; i < stride; ++i) {
-                p.scale[group * stride + i] = p.zero[group * stride + i] = 0.0f;
+                scale[group * stride + i] = zero[group * stride + i] = 0.0f;
             }
         }
+        const floats mean = V::set(1.0f / n_group);
         for (int i = 0; i < stride; i += lanes) {
-            floats widest = V::load(p.scale + i), square = V::mul(widest, widest);
-            for (int group = 1; group < p.n_lane_group(); ++group) {
-                const floats scale = V::load(p.scale + group * stride + i);
-                widest             = V::max(widest, scale);
-                square             = V::fma(scale, scale, square);
+            floats largest = V::load(scale + i), power = V::mul(largest, largest);
+            for (int group = 1; group < n_group; ++group) {
+                const floats other = V::load(scale + group * stride + i);
+                largest            = V::max(largest, other);
+                power              = V::fma(other, other, power);
             }
-            V::store(p.widest + i, widest);
-            V::store(p.square + i, V::mul(square, V::set(1.0f / p.n_lane_group())));
+            V::store(widest + i, largest);
+            V::store(square + i, V::mul(power, mean));
         }
         prepare_factors(p);
         prepare_outliers(p);

@@ -24,6 +24,7 @@ from gearcpp.model_info import read_model_info
 
 _SIDES: tuple[Literal["k", "v"], ...] = ("k", "v")
 _BANDWIDTH_BYTES = 2**30  # far beyond any cache
+_LEAST_SECONDS = 0.3  # attention of a millisecond is measured often enough for its median to mean something
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Measurement:
         n_cell: cells in the cache.
         seconds: median.
         n_bytes: touched: what attention reads of the cache, or the rows that packing reads and the tiles that it writes.
-        bandwidth: bytes a second that this machine's memory gave when read from end to end by the same number of threads.
+        bandwidth: bytes a second that this machine's memory gave just before, read from end to end by the same number of threads.
     """
 
     kv_type: str
@@ -85,12 +86,12 @@ def run(types: Sequence[KVType], heads: Heads, depths: Sequence[int], repetition
     if not chosen or not any(depths):
         raise ConfigError("--op measures GEAR's own operations: give at least one preset with --kv and a depth with -d, such as -d 8192")
     threads = n_threads or default_threads()
-    bandwidth = memory_bandwidth(threads)
     found = []
     for depth in sorted(depth for depth in set(depths) if depth):
         for kv in chosen:
             assert kv.gear
             notice(f"measuring {kv.name} at {depth} cells")
+            bandwidth = memory_bandwidth(threads)  # each time anew: other machines on the same host may use it, too
             found += [
                 Measurement(kv.name, op, depth, threads, _native.simd_level(), seconds, n_bytes, bandwidth)
                 for op, seconds, n_bytes in _measure(kv.gear, heads, depth, repetitions, threads)
@@ -135,8 +136,8 @@ def _bytes_read(cache: _native.Cache, n_embd: int) -> int:
 
 def _median_seconds(operation: Callable[[], object], repetitions: int) -> float:
     operation()  # warm-up
-    seconds = []
-    for _ in range(repetitions):
+    seconds: list[float] = []
+    while len(seconds) < repetitions or sum(seconds) < _LEAST_SECONDS:
         start = time.perf_counter()
         operation()
         seconds.append(time.perf_counter() - start)
@@ -168,7 +169,7 @@ def report(found: Sequence[Measurement], heads: Heads, output: str) -> str:
     first = found[0]
     about = (
         f"{heads.n_head} query and {heads.n_head_kv} KV heads of {heads.d_head}, {first.n_threads} threads of {cpu_name()}, {first.simd} kernels, "
-        f"memory read at {first.bandwidth / 1e9:.1f} GB/s"
+        f"memory read at {min(m.bandwidth for m in found) / 1e9:.1f} to {max(m.bandwidth for m in found) / 1e9:.1f} GB/s"
     )
     header = ["kv", "op", "cells", "ms", "MiB touched", "GB/s", "of memory"]
     lines = [

@@ -294,7 +294,7 @@ template <class V> struct kernels_for {
     }
 
     // Fetch a piece of the next tile, a little more than is read of this one in a step. Its scales come first, though they lie last: they are read first.
-    template <int bits> static void fetch_ahead(const prepared_tile & p, int step) {
+    template <int bits> __attribute__((always_inline)) static void fetch_ahead(const prepared_tile & p, int step) {
         const int64_t piece = 64 * (bits + 1) * (int64_t) step;
         if (piece < p.n_next) {
 #pragma GCC unroll 8
@@ -444,12 +444,25 @@ template <class V> struct kernels_for {
     // Products with exact rows
     // ---------------------------------------------------------------------------------------------------------------------------------------------
 
+    // Rows lie far apart in the store, beyond what the processor foresees: fetch one that is read `rows_ahead` rows later, n_byte bytes of it.
+    static constexpr int rows_ahead = 8;
+
+    // Inlined early, or GCC finds a function without effect and drops the calls.
+    __attribute__((always_inline)) static void fetch_row(const exact_rows & from, int j, int c, int n_byte) {
+        if (j + rows_ahead < from.n) {
+            for (int i = 0; i < n_byte; i += 64) {
+                __builtin_prefetch((const char *) (from.row[j + rows_ahead] + c) + i);
+            }
+        }
+    }
+
     // n rows of q with four keys from j on; keys past the end are the last one again and not stored.
     template <int n> static void score_block(const exact_rows & k, int j, int d, const const_rows & q, const rows & scores) {
         floats           sum[n][4];
         const uint16_t * key[4];
         for (int i = 0; i < 4; ++i) {
             key[i] = k.row[j + i < k.n ? j + i : k.n - 1];
+            fetch_row(k, j + i, 0, 2 * d);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < n; ++i) {
@@ -501,6 +514,7 @@ template <class V> struct kernels_for {
             }
         }
         for (int j = 0; j < v.n; ++j) {
+            fetch_row(v, j, c, 2 * lanes * n_vector);
             floats value[n_vector];
 #pragma GCC unroll 4
             for (int part = 0; part < n_vector; ++part) {

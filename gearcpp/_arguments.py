@@ -12,6 +12,7 @@ from typing import Any
 
 import llama_cpp
 
+from ._placement import Placement
 from .config import KVType, check_names
 from .errors import ConfigError, UnsupportedError
 
@@ -27,7 +28,9 @@ def known_arguments() -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
 
 
-def parent_arguments(kv: KVType, given: Mapping[str, Any], n_ctx_train: int, *, has_cache: bool = True) -> dict[str, Any]:
+def parent_arguments(
+    kv: KVType, given: Mapping[str, Any], n_ctx_train: int, *, has_cache: bool = True, placement: Placement | None = None
+) -> dict[str, Any]:
     """What to call llama_cpp.Llama with.
 
     Args:
@@ -35,6 +38,7 @@ def parent_arguments(kv: KVType, given: Mapping[str, Any], n_ctx_train: int, *, 
         given: the user's arguments, ``kv_type`` excepted.
         n_ctx_train: what n_ctx=0 means for this model.
         has_cache: False when no KV cache will be made (vocab_only, models without one): nothing can contradict it then.
+        placement: where the layers go with a GEAR cache; None: all on the CPU.
 
     Raises:
         ConfigError: an argument is unknown (with the nearest names), out of range, or contradicts the cache.
@@ -48,7 +52,7 @@ def parent_arguments(kv: KVType, given: Mapping[str, Any], n_ctx_train: int, *, 
     if not has_cache:
         return arguments
     _check_types(kv, given)
-    return {**arguments, **(_for_gear(given) if kv.gear else _for_llama(kv, given))}
+    return {**arguments, **(_for_gear(given, placement or Placement()) if kv.gear else _for_llama(kv, given))}
 
 
 def _whole(name: str, value: Any, low: int) -> None:
@@ -69,23 +73,25 @@ def _check_types(kv: KVType, given: Mapping[str, Any]) -> None:
             )
 
 
-def _for_gear(given: Mapping[str, Any]) -> dict[str, Any]:
-    layer_split = llama_cpp.LLAMA_SPLIT_MODE_LAYER
-    contradictions = (
+def _for_gear(given: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+    contradictions: tuple[tuple[str, Any, str], ...] = (
         ("flash_attn", True, "a GEAR cache is read by flash attention"),
         ("offload_kqv", True, "it would keep the cache outside of GEAR"),
-        ("split_mode", layer_split, "a GEAR cache is on one device"),
-        ("main_gpu", 0, "a GEAR cache is on one device"),
-        ("tensor_split", None, "a GEAR cache is on one device"),
     )
+    if placement.on_cpu:
+        contradictions += (
+            ("split_mode", llama_cpp.LLAMA_SPLIT_MODE_LAYER, "it is on the CPU"),
+            ("main_gpu", 0, "it is on the CPU"),
+            ("tensor_split", None, "it is on the CPU"),
+        )
     for name, wanted, reason in contradictions:
         if name in given and given[name] != wanted:
             raise ConfigError(f"{name}={given[name]!r} does not go with a GEAR cache ({reason}); leave it out, or use kv_type='f16'")
-    if given.get("n_gpu_layers") and llama_cpp.llama_supports_gpu_offload():
+    if placement.on_cpu and given.get("n_gpu_layers") and llama_cpp.llama_supports_gpu_offload():
         raise UnsupportedError(
             "this llama-cpp-python offloads layers to a GPU, and GEAR keeps its cache on the CPU; leave n_gpu_layers out, or use kv_type='f16'"
         )
-    return {"flash_attn": True, "offload_kqv": True, "n_gpu_layers": -1}  # all layers on the GEAR device
+    return {"flash_attn": True, "offload_kqv": True, **placement.arguments}
 
 
 def _for_llama(kv: KVType, given: Mapping[str, Any]) -> dict[str, Any]:

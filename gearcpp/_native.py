@@ -90,6 +90,19 @@ def open_ggml() -> None:
     check(lib.gear_open(ffi.cast("void *", llama_cpp._lib._handle)))
 
 
+def default_devices() -> tuple[str, ...]:
+    """ggml's devices that a GEAR cache is put on: the CPU, or all CUDA devices where GEARCPP_CUDA=1 asks for them. Opens ggml.
+
+    Raises:
+        UnsupportedError: the library of CUDA kernels that the environment names cannot be used.
+    """
+    open_ggml()
+    names = text(lib.gear_default_devices())
+    if not names:
+        raise last_error()
+    return tuple(names.split(","))
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that takes part: gearcpp's library, llama-cpp-python, ggml and its commit. Opens ggml."""
     import llama_cpp

@@ -1,17 +1,20 @@
-"""A GEAR device: the ggml device that llama.cpp puts a model's layers on so that their KV cache is GEAR's.
+"""A GEAR device: the ggml devices that llama.cpp puts a model's layers on so that their KV cache is GEAR's: one, or one for each of several GPUs.
 
 `gearcpp.Llama` makes one by itself; those who use llama.cpp's low-level API get theirs from `gearcpp.model_params`.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from . import _native
+from ._placement import Placement
 from .config import GearConfig
 from .errors import CodecError, GearError, UnsupportedError, from_status
 from .model_info import KVLayer, ModelInfo
@@ -32,6 +35,7 @@ class GearDevice:
         config: how the cache is coded.
         n_ubatch: most tokens of one step (llama.cpp's n_ubatch).
         codec: a codec in Python instead of the native one.
+        placement: which devices of ggml's the layers go to; None: all to the CPU.
 
     Attributes:
         codec: the codec in Python with its count of bytes; None: the native one.
@@ -41,8 +45,11 @@ class GearDevice:
         ConfigError, AbiError, OutOfMemoryError: as the native library says.
     """
 
-    def __init__(self, info: ModelInfo, config: GearConfig, *, n_ubatch: int = 512, codec: Codec | None = None) -> None:
+    def __init__(
+        self, info: ModelInfo, config: GearConfig, *, n_ubatch: int = 512, codec: Codec | None = None, placement: Placement | None = None
+    ) -> None:
         self._device = _native.ffi.NULL
+        self._placement = placement or Placement()
         info.check_gear()
         _check_heads(info, config)
         _native.open_ggml()
@@ -57,13 +64,18 @@ class GearDevice:
                 "layers": self._layers,
                 "n_layer": len(info.layers),
                 "n_ubatch": n_ubatch,
+                "device": (names := _native.ffi.new("char[]", ",".join(self._placement.devices).encode())),
                 "codec": self._callback,
             },
         )
         self._device = _native.lib.gear_device_new(params)
         if self._device == _native.ffi.NULL:
             raise _native.last_error()
-        self._list = _native.ffi.new("void *[2]", [_native.lib.gear_device_ggml(self._device), _native.ffi.NULL])
+        del names  # which had to live until here
+        # Both are what a llama_model_params points to.
+        self._list = _native.ffi.new("void *[]", [_native.lib.gear_device_ggml(self._device, i) for i in range(len(self._placement.devices) + 1)])
+        shares = self._placement.shares
+        self._shares = (ctypes.c_float * llama_cpp.llama_max_devices())(*shares) if shares else None
 
     @property
     def handle(self) -> Any:
@@ -71,9 +83,11 @@ class GearDevice:
         return self._device
 
     def attach(self, params: Any) -> None:
-        """Make a llama_model_params put all layers on this device. The list of devices that it points to lives as long as this object."""
+        """Make a llama_model_params put all layers on this device. The lists that it points to live as long as this object."""
         params.devices = int(_native.ffi.cast("uintptr_t", self._list))
-        params.n_gpu_layers = -1
+        arguments = self._placement.arguments
+        params.n_gpu_layers, params.split_mode, params.main_gpu = arguments["n_gpu_layers"], arguments["split_mode"], arguments["main_gpu"]
+        params.tensor_split = self._shares
 
     def take_failure(self) -> GearError | None:
         """The failure that made a llama.cpp call fail, or None; asking clears it. Ctrl-C within a codec in Python is raised as Ctrl-C."""

@@ -19,6 +19,7 @@ from llama_cpp.llama_cache import BaseLlamaCache
 from . import _native, kv_stats, sessions
 from ._arguments import parent_arguments
 from ._llama_log import LlamaLog
+from ._placement import Placement, place
 from .caches import PackedCache
 from .config import KVType, KVTypeLike, for_sequences, normalize_kv_type
 from .device import Codec, GearDevice
@@ -36,7 +37,8 @@ class Llama(llama_cpp.Llama):
     Takes every argument of llama_cpp.Llama. What differs:
 
     - ``kv_type`` says what the cache is made of; ``type_k`` and ``type_v`` are not needed. With a GEAR cache flash attention is on and all layers are on
-      the GEAR device (over the CPU), so ``n_gpu_layers`` is ignored on a CPU build as in the parent.
+      the GEAR device (over the CPU), so ``n_gpu_layers`` is ignored on a CPU build as in the parent. On GPUs (docs/cuda.md) ``n_gpu_layers``,
+      ``tensor_split``, ``main_gpu`` and ``split_mode`` (by layers, or none) mean what they mean in the parent; not given, all layers are on GPUs.
     - Misspelt arguments are errors, as are those that contradict the cache.
     - ``n_ctx`` is rounded up to a multiple of 256, as llama.cpp does itself.
     - After `close`, use raises ClosedError; the parent crashes.
@@ -69,14 +71,16 @@ class Llama(llama_cpp.Llama):
         self.kv_type: KVType = normalize_kv_type(kv_type)
         self.info: ModelInfo = read_model_info(model_path, arguments.get("kv_overrides"))
         has_cache = not arguments.get("vocab_only") and self.info.arch not in NO_CACHE
-        resolved = parent_arguments(self.kv_type, {"model_path": model_path, **arguments}, self.info.n_ctx_train, has_cache=has_cache)
+        placement = place(arguments, self.info.n_layer) if has_cache and self.kv_type.gear else Placement()
+        given = {"model_path": model_path, **arguments}
+        resolved = parent_arguments(self.kv_type, given, self.info.n_ctx_train, has_cache=has_cache, placement=placement)
         self.kv_type = for_sequences(self.kv_type, self._n_sequences, resolved["n_ctx"])
         codec = codec_of(self.kv_type, codec)
-        if has_cache:
+        if has_cache and placement.on_cpu:
             self._check_memory(resolved["n_ctx"])
         if has_cache and self.kv_type.gear:
             n_ubatch = min(resolved["n_ctx"], resolved.get("n_batch", 512), resolved.get("n_ubatch", 512))
-            self._device = GearDevice(self.info, self.kv_type.gear, n_ubatch=n_ubatch, codec=codec)
+            self._device = GearDevice(self.info, self.kv_type.gear, n_ubatch=n_ubatch, codec=codec, placement=placement)
         self._construct(resolved)
         if self.draft_model is not None and not resolved.get("logits_all"):
             self.scores = np.ndarray((self.n_ctx(), self.n_vocab()), np.single)

@@ -16,6 +16,8 @@ from typing import Any
 
 import llama_cpp
 
+from . import _native
+from ._placement import ARGUMENTS, Placement, place
 from .config import KVTypeLike, check_names, normalize_kv_type
 from .device import Codec, GearDevice
 from .errors import ConfigError
@@ -33,7 +35,8 @@ def model_params(
         kv_type: as in `gearcpp.Llama`; the same must go to `context_params`.
         n_ubatch: at least the n_ubatch of every context.
         codec: a codec in Python instead of the native one (`gearcpp.device.Codec`).
-        fields: other members of llama_model_params.
+        fields: other members of llama_model_params. On GPUs (docs/cuda.md) n_gpu_layers, split_mode, main_gpu and tensor_split (a sequence of numbers) say
+            where the layers go; on the CPU kv_type does.
 
     Returns:
         The parameters, and the device, which must be closed after every context and model made with it; None for llama.cpp's own types. With a codec
@@ -45,10 +48,13 @@ def model_params(
     """
     kv = normalize_kv_type(kv_type)
     codec = codec_of(kv, codec)
-    params = _filled(llama_cpp.llama_model_default_params(), fields, reserved=("devices", "n_gpu_layers", "split_mode", "tensor_split") if kv.gear else ())
     if not kv.gear:
-        return params, None
-    device = GearDevice(read_model_info(path), kv.gear, n_ubatch=n_ubatch, codec=codec)
+        return _filled(llama_cpp.llama_model_default_params(), fields, reserved=()), None
+    info, placement = read_model_info(path), Placement()
+    if _native.default_devices() != placement.devices:
+        placement = place({name: fields.pop(name) for name in ARGUMENTS if name in fields}, info.n_layer)
+    params = _filled(llama_cpp.llama_model_default_params(), fields, reserved=("devices", "n_gpu_layers", "split_mode", "tensor_split"))
+    device = GearDevice(info, kv.gear, n_ubatch=n_ubatch, codec=codec, placement=placement)
     device.attach(params)
     return params, device
 

@@ -1,7 +1,9 @@
 // api.h - what libgearcpp-cuda offers: one table of functions, found by name after dlopen. libgearcpp itself has no CUDA in it; it loads that library only
 // when llama.cpp has a CUDA device. In tests the same table runs the same kernels on the CPU (native/tests/cuda_on_cpu.h).
 //
-// Functions return 0, or a number that error_text() knows. Streams and events are CUDA's own, as ggml's are: one process has one context a device.
+// Functions return 0, or a number that error_text() knows. Streams and events are CUDA's own, as ggml's are: one process has one context a device. What is
+// made, and which device kernels run on, goes by the device that the calling thread has selected, as everywhere in CUDA; its number is CUDA's too, so that
+// it is found from an address of ggml's (device_of_address) and not from the name that ggml gives the device.
 #pragma once
 
 #include "cuda/arguments.h"
@@ -11,7 +13,7 @@
 
 namespace gear::cuda {
 
-constexpr int api_version = 2; // of this table and of the structures in arguments.h
+constexpr int api_version = 3; // of this table and of the structures in arguments.h
 
 using stream = struct stream_handle *; // cudaStream_t
 using event  = struct event_handle *;  // cudaEvent_t
@@ -27,8 +29,7 @@ struct device_facts {
 };
 
 struct api {
-    int32_t version;     // api_version of the library
-    bool    is_emulated; // kernels run on the CPU, device memory is the host's
+    int32_t version; // api_version of the library
 
     const char * (*error_text)(int error);
     int (*device_count)(int * n);

@@ -14,6 +14,11 @@ void require_ok(const api & with, int error, const char * what) {
     }
 }
 
+selected_device::selected_device(const api & with, int device) : with_(with) {
+    require_ok(with, with.current_device(&before_), "asking for the device");
+    require_ok(with, with.select_device(device), "choosing the device");
+}
+
 device_block::device_block(const api & with, size_t bytes) : with_(with), size_(bytes) {
     void * memory = nullptr;
     if (with.allocate(&memory, std::max<size_t>(bytes, 1)) != 0) {
@@ -31,16 +36,21 @@ device_block::~device_block() {
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
 cuda_worker::cuda_worker(const api & with, int device) : with(with), device(device) {
-    select();
+    const selected_device selected(with, device);
     require_ok(with, with.describe(device, &facts), "asking about the device");
     require_ok(with, with.make_stream(&work), "making a stream");
     n_block = 2 * facts.n_processor;
 }
 
 cuda_worker::~cuda_worker() {
+    int before = 0;
+    with.current_device(&before); // nothing is thrown here
     with.select_device(device);
     with.wait_stream(work);
     with.free_stream(work);
+    pack_.reset();
+    partial_.reset();
+    with.select_device(before);
 }
 
 uint8_t * cuda_worker::grown(std::unique_ptr<device_block> & block, size_t bytes) {

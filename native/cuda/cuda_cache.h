@@ -19,7 +19,21 @@ namespace gear::cuda {
 // Throws gear::error with CUDA's own words.
 void require_ok(const api & with, int error, const char * what);
 
-// Device memory.
+// A device is selected for the calling thread, and at the end the one that was before: of several GPUs each has a worker, and other libraries in the
+// process have a choice of their own.
+class selected_device {
+  public:
+    selected_device(const api & with, int device);
+    ~selected_device() { with_.select_device(before_); }
+    selected_device(const selected_device &)             = delete;
+    selected_device & operator=(const selected_device &) = delete;
+
+  private:
+    const api & with_;
+    int         before_ = 0;
+};
+
+// Device memory, of the device selected.
 class device_block {
   public:
     device_block(const api & with, size_t bytes);
@@ -36,7 +50,8 @@ class device_block {
     size_t      size_;
 };
 
-// The device and the stream that a context works on, and scratch that its layers share.
+// The device and the stream that contexts work on, and scratch that their layers share. Whoever calls something that takes a worker has its device
+// selected.
 class cuda_worker {
   public:
     cuda_worker(const api & with, int device);
@@ -48,14 +63,12 @@ class cuda_worker {
     uint8_t * pack_scratch(const tile_layout & layout);
     uint8_t * partials(size_t bytes);
     size_t    scratch_bytes() const;
-    void      select() const { require_ok(with, with.select_device(device), "choosing the device"); }
 
     const api &  with;
     const int    device;
     device_facts facts;
-    stream       work      = nullptr;
-    int          n_block   = 0;     // of pack
-    bool         is_broken = false; // a step failed half-way: layers may not hold what their tables say
+    stream       work    = nullptr;
+    int          n_block = 0; // of pack
 
   private:
     uint8_t *                     grown(std::unique_ptr<device_block> & block, size_t bytes);

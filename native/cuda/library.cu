@@ -75,7 +75,6 @@ int describe(int device, device_facts * facts) {
 
 const api table = {
     api_version,
-    false,
     error_text,
     [](int * n) { return (int) cudaGetDeviceCount(n); },
     device_of_address,

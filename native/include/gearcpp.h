@@ -263,14 +263,14 @@ GEAR_API const char * gear_ggml_commit(void);
 typedef double (*gear_codec_callback)(void * user, int32_t il, int32_t side, int32_t head, int32_t n_token, int32_t d_head, const float * x,
                                       const uint8_t * written, const int64_t * cells, float * xhat);
 
-typedef struct gear_device gear_device;
+typedef struct gear_device gear_device; // what one model's layers are put on: one ggml device, or several
 
 typedef struct gear_device_params {
     gear_config         config;
     const gear_layer *  layers;   // per-layer head table; NULL: taken from the graph when llama.cpp reserves it
     int32_t             n_layer;  // entries of layers
     int32_t             n_ubatch; // most rows of one write, 0: 512 until the graph says otherwise
-    const char *        device;   // ggml device to wrap, NULL: "CPU"
+    const char *        device;   // ggml devices to wrap, as in "CUDA0,CUDA1", NULL: gear_default_devices()
     gear_codec_callback codec;    // NULL: the codec of config
     void *              codec_user;
 } gear_device_params;
@@ -278,8 +278,11 @@ typedef struct gear_device_params {
 GEAR_API gear_device * gear_device_new(const gear_device_params * params); // NULL: see gear_last_error
 // Frees the device. Every model and context that used it must be gone.
 GEAR_API void          gear_device_free(gear_device * device);
-// The ggml_backend_dev_t to put into llama_model_params.devices.
-GEAR_API void *        gear_device_ggml(gear_device * device);
+// The names of ggml's devices that are wrapped where the caller names none: "CPU", or all CUDA devices when GEARCPP_CUDA=1 is set and there are some.
+// Valid until the thread's next call; "" with gear_last_error() set when they cannot be had.
+GEAR_API const char *  gear_default_devices(void);
+// The i-th ggml_backend_dev_t to put into llama_model_params.devices, in the order of gear_device_params.device. NULL past the end.
+GEAR_API void *        gear_device_ggml(gear_device * device, int32_t i);
 // The last failure inside this device (it also failed the llama.cpp call), "" when there was none; cleared by the call. status may be NULL.
 // Valid until the thread's next call of this function.
 GEAR_API const char *  gear_device_error(gear_device * device, gear_status * status);

@@ -3,12 +3,11 @@
 #include "codec/codec.h"
 #include "common/checksum.h"
 #include "common/error.h"
-#include "plugin/device.h"
+#include "plugin/kv_devices.h"
 #include "plugin/kv_session.h"
 #include "session/callbacks.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,11 +17,9 @@
 #include <utility>
 #include <vector>
 
-static std::atomic<int> n_devices{ 0 };
-
 struct gear_device {
-    explicit gear_device(const gear_device_params & params) : device(params, n_devices++) {}
-    gear::kv_device device;
+    explicit gear_device(const gear_device_params & params) : devices(params) {}
+    gear::kv_devices devices;
 };
 
 struct gear_session {
@@ -115,8 +112,8 @@ gear_config config_from_environment() {
     return c;
 }
 
-gear::kv_device * device_of(gear_device * device) {
-    return device ? &device->device : nullptr;
+gear::kv_devices * devices_of(gear_device * device) {
+    return device ? &device->devices : nullptr;
 }
 
 template <class T> void require(const T & ok, const char * what) {
@@ -166,13 +163,25 @@ void gear_device_free(gear_device * device) {
     delete device;
 }
 
-void * gear_device_ggml(gear_device * device) {
-    return device ? device->device.ggml_device() : nullptr;
+const char * gear_default_devices(void) {
+    static thread_local std::string names;
+    names.clear();
+    gear::guarded([&] {
+        if (!gear::abi::is_open()) {
+            gear::fail(GEAR_ERROR_ABI, "gear_open must come before gear_default_devices");
+        }
+        names = gear::kv_devices::defaults();
+    });
+    return names.c_str();
+}
+
+void * gear_device_ggml(gear_device * device, int32_t i) {
+    return device && i >= 0 && (size_t) i < device->devices.size() ? device->devices[(size_t) i].ggml_device() : nullptr;
 }
 
 const char * gear_device_error(gear_device * device, gear_status * status) {
     static thread_local gear::kept_error taken;
-    taken = device ? device->device.take_error() : gear::kept_error();
+    taken = device ? device->devices.take_error() : gear::kept_error();
     if (status) {
         *status = taken.status;
     }
@@ -184,7 +193,7 @@ int32_t gear_device_stats(gear_device * device, gear_store_stats * stats, int32_
     gear::guarded([&] {
         require(device, "device is NULL");
         require(stats || n <= 0, "stats is NULL");
-        const auto all = device->device.stats();
+        const auto all = device->devices.stats();
         std::copy_n(all.begin(), std::min<size_t>(all.size(), (size_t) std::max(n, 0)), stats);
         count = (int32_t) all.size();
     });
@@ -192,14 +201,14 @@ int32_t gear_device_stats(gear_device * device, gear_store_stats * stats, int32_
 }
 
 int64_t gear_device_scratch_bytes(gear_device * device) {
-    return device ? device->device.scratch_bytes() : 0;
+    return device ? device->devices.scratch_bytes() : 0;
 }
 
 gear_session * gear_session_new(gear_device * device, int64_t state_bytes) {
     gear_session * made = nullptr;
     gear::guarded([&] {
         require(state_bytes >= 0, "a state cannot have a negative number of bytes");
-        made = new gear_session(device_of(device), (size_t) state_bytes);
+        made = new gear_session(devices_of(device), (size_t) state_bytes);
     });
     return made;
 }
@@ -250,7 +259,7 @@ gear_status gear_session_save(gear_session * session, int64_t state_bytes, const
 gear_status gear_session_attach(gear_session * session, gear_device * device) {
     return gear::guarded([&] {
         require(session, "session is NULL");
-        session->session.attach(device_of(device));
+        session->session.attach(devices_of(device));
     });
 }
 
@@ -288,7 +297,7 @@ GEAR_API gear::abi::reg * ggml_backend_init(void) {
         fprintf(stderr, "gearcpp: %s\n", gear_last_error()); // the program has no other way to learn why
         return nullptr;
     }
-    return device->device.ggml_reg();
+    return device->devices.ggml_reg();
 }
 
 } // extern "C"

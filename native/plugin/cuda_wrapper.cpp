@@ -127,8 +127,13 @@ class cuda_buffer {
     void clear(uint8_t value);
     void stats(std::vector<gear_store_stats> & out);
 
+    // What fails half-way leaves layers that do not hold what their tables say: then the buffer is broken until it is cleared.
+    template <class F> void whole_or_broken(F && f);
+
     void *         base() const { return base_.data(); }
     cuda_wrapper & wrapper() const { return wrapper_; }
+
+    bool is_broken = false;
 
   private:
     static cuda_tensor * any_of(const abi::tensor * tensor);
@@ -156,7 +161,7 @@ template <class F> void reported(abi::buffer * buffer, F && f) {
     cuda_wrapper &              wrapper = self(buffer).wrapper();
     std::lock_guard<std::mutex> guard(wrapper.lock);
     const gear_status           status = guarded([&] {
-        wrapper.worker.select();
+        const cuda::selected_device selected = wrapper.select();
         f(self(buffer));
     });
     if (status != GEAR_OK) {
@@ -208,9 +213,9 @@ void cuda_buffer::add(abi::tensor * tensor) {
     cuda_tensor & added = *tensors_.back();
     added.home          = this;
     if (wrapper_.device().is_window(added.n_cell)) {
-        wrapper_.worker.select();
-        added.plain  = std::make_unique<cuda::device_block>(wrapper_.worker.with, added.bytes);
-        tensor->data = added.plain->data();
+        const cuda::selected_device selected = wrapper_.select();
+        added.plain                          = std::make_unique<cuda::device_block>(wrapper_.worker.with, added.bytes);
+        tensor->data                         = added.plain->data();
     } else {
         added.space  = std::make_unique<address_range>(added.bytes);
         tensor->data = added.space->data();
@@ -262,16 +267,11 @@ void cuda_buffer::settle_one(cuda_tensor & tensor) {
 // One layer alone
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-namespace {
-
-// What fails half-way leaves a layer that does not hold what its table says.
-template <class F> void whole_or_broken(cuda::cuda_worker & worker, F && f) {
-    const bool before = std::exchange(worker.is_broken, true);
+template <class F> void cuda_buffer::whole_or_broken(F && f) {
+    const bool before = std::exchange(is_broken, true);
     f();
-    worker.is_broken = before;
+    is_broken = before;
 }
-
-} // namespace
 
 void cuda_buffer::part(cuda_tensor & tensor) {
     auto & tables = tables_[tensor.side];
@@ -308,7 +308,7 @@ void cuda_buffer::rejoin() {
 
 void cuda_buffer::pack_full(cuda_tensor & tensor) {
     cuda::cache_table & table = tensor.rows->table();
-    whole_or_broken(wrapper_.worker, [&] {
+    whole_or_broken([&] {
         table.plan_flush(wrapper_.worker, true);
         for (const auto & other : tensors_) {
             if (other->rows && &other->rows->table() == &table) {
@@ -331,7 +331,7 @@ void cuda_buffer::write_plain(cuda_tensor & tensor, int64_t n, const int64_t * c
 void cuda_tensor::read_store(int, const reader & f) {
     cuda_wrapper &              wrapper = home->wrapper();
     std::lock_guard<std::mutex> guard(wrapper.lock);
-    wrapper.worker.select();
+    const cuda::selected_device selected = wrapper.select();
     home->pack_full(*this);
     f(*rows->to_store(wrapper.worker, codec), codec.get());
 }
@@ -340,7 +340,7 @@ void cuda_tensor::read_store(int, const reader & f) {
 void cuda_tensor::change_store(const changer & f) {
     cuda_wrapper &              wrapper = home->wrapper();
     std::lock_guard<std::mutex> guard(wrapper.lock);
-    wrapper.worker.select();
+    const cuda::selected_device selected = wrapper.select();
     if (plain) {
         f(nullptr, nullptr, [&](int64_t n, const int64_t * cells, const uint16_t * from) { home->write_plain(*this, n, cells, from); });
         return;
@@ -353,7 +353,7 @@ void cuda_tensor::change_store(const changer & f) {
             throw error(here->status(), here->message());
         }
     });
-    whole_or_broken(wrapper.worker, [&] {
+    home->whole_or_broken([&] {
         home->part(*this);
         rows->adopt(wrapper.worker, *here);
     });
@@ -392,7 +392,7 @@ bool cuda_buffer::in_session(cuda_tensor & tensor, const abi::tensor * view, con
 void cuda_buffer::write_rows(cuda_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows) {
     cuda::cuda_worker &  worker = wrapper_.worker;
     std::vector<int64_t> cells;
-    whole_or_broken(worker, [&] {
+    whole_or_broken([&] {
         part(tensor);
         for_each_run(rows, n, tensor.n_embd, wrapper_.device().n_ubatch(), [&](int64_t begin, int64_t n_now, bool is_zero) {
             if (is_zero) {
@@ -471,7 +471,7 @@ bool cuda_buffer::copy(const abi::tensor * source, const abi::tensor * target) {
     if (first < 0 || second < 0) {
         return false;
     }
-    whole_or_broken(wrapper_.worker, [&] {
+    whole_or_broken([&] {
         part(*to);
         to->rows->table().plan_copy(wrapper_.worker, first, second);
         to->rows->copy_stream(wrapper_.worker, first, second);
@@ -494,7 +494,7 @@ void cuda_buffer::clear(uint8_t value) {
             table->clear(wrapper_.worker);
         }
     }
-    wrapper_.worker.is_broken = false;
+    is_broken = false;
     require_ok(with, with.wait_stream(wrapper_.worker.work), "clearing the cache");
 }
 
@@ -552,6 +552,11 @@ bool touches_cache(const abi::tensor * op) {
 }
 
 } // namespace
+
+const kv_device * cuda_wrapper::owner_of(const abi::tensor * tensor) {
+    const cuda_tensor * found = cuda_buffer::find(tensor);
+    return found ? &found->home->wrapper().device() : nullptr;
+}
 
 bool cuda_wrapper::observe(const abi::tensor * op) {
     if (is_view_op(op->op)) {
@@ -627,18 +632,14 @@ int run_segment(cuda_backend & b, const abi::cgraph & graph, int first, int last
 
 void wait_for_ggml(cuda_backend & b) {
     const cuda::cuda_worker & worker = b.wrapper->worker;
-    if (b.reached) {
-        b.inner->iface.event_record(b.inner, b.reached);
-        require_ok(worker.with, worker.with.wait_event(worker.work, native(b.reached)), "waiting for an event");
-    }
+    b.inner->iface.event_record(b.inner, b.reached);
+    require_ok(worker.with, worker.with.wait_event(worker.work, native(b.reached)), "waiting for an event");
 }
 
 void let_ggml_wait(cuda_backend & b) {
     const cuda::cuda_worker & worker = b.wrapper->worker;
-    if (b.done) {
-        require_ok(worker.with, worker.with.record(native(b.done), worker.work), "recording an event");
-        b.inner->iface.event_wait(b.inner, b.done);
-    }
+    require_ok(worker.with, worker.with.record(native(b.done), worker.work), "recording an event");
+    b.inner->iface.event_wait(b.inner, b.done);
 }
 
 // What the host last put into a tensor of indices; nullptr: it came from elsewhere. Until the next call.
@@ -716,17 +717,6 @@ void run_shift(cuda_backend & b, const abi::cgraph & graph, const abi::tensor * 
     });
 }
 
-// The device that the calling thread had selected is selected again at the end.
-struct selected_device {
-    explicit selected_device(const cuda::cuda_worker & worker) : with(worker.with) {
-        require_ok(with, with.current_device(&before), "asking for the device");
-        worker.select();
-    }
-    ~selected_device() { with.select_device(before); }
-    const cuda::api & with;
-    int               before = 0;
-};
-
 int compute(cuda_backend & b, const abi::cgraph & graph) {
     cuda_wrapper &          wrapper = *b.wrapper;
     bool                    flagged = false;
@@ -750,17 +740,16 @@ int compute(cuda_backend & b, const abi::cgraph & graph) {
     if (earlier.status != GEAR_OK) {
         throw error(earlier.status, earlier.text);
     }
-    if (wrapper.worker.is_broken) {
-        fail(GEAR_ERROR_INTERNAL, "an earlier step failed half-way, and the cache no longer holds what it should; clear it (llama_memory_clear)");
-    }
-    const selected_device selected(wrapper.worker);
+    const cuda::selected_device selected = wrapper.select();
     for (cuda_buffer * buffer : touched) {
+        if (std::exchange(buffer->is_broken, true)) { // until it is done
+            fail(GEAR_ERROR_INTERNAL, "an earlier step failed half-way, and the cache no longer holds what it should; clear it (llama_memory_clear)");
+        }
         buffer->rejoin();
     }
     b.planned.clear();
-    int  first               = 0; // of the segment in progress
-    bool is_ours             = false;
-    wrapper.worker.is_broken = true; // until it is done
+    int  first   = 0; // of the segment in progress
+    bool is_ours = false;
     for (int i = 0; i <= graph.n_nodes; ++i) {
         const abi::tensor * node = i < graph.n_nodes ? graph.nodes[i] : nullptr;
         if (node && (is_view_op(node->op) || !touches_cache(node) || (flagged && !(node->flags & flag_compute)))) {
@@ -799,7 +788,9 @@ int compute(cuda_backend & b, const abi::cgraph & graph) {
     if (is_ours) {
         let_ggml_wait(b);
     }
-    wrapper.worker.is_broken = false;
+    for (cuda_buffer * buffer : touched) {
+        buffer->is_broken = false;
+    }
     return abi::graph_success;
 }
 
@@ -848,14 +839,12 @@ abi::backend * cuda_wrapper::make_backend() {
     b->base.dev                 = device_.ggml_device();
     b->wrapper                  = this;
     b->inner                    = made;
-    if (!worker.with.is_emulated) {
-        for (abi::event ** e : { &b->reached, &b->done }) {
-            *e = inner_->iface.event_new ? inner_->iface.event_new(inner_) : nullptr;
-            if (!*e || reinterpret_cast<event_view *>(*e)->dev != inner_ || !reinterpret_cast<event_view *>(*e)->context) {
-                free_events(*b);
-                abi::ggml().ggml_backend_free(made);
-                fail(GEAR_ERROR_UNSUPPORTED, "this ggml-cuda has no events (GGML_CUDA_NO_PEER_COPY), which a GEAR cache on a GPU needs");
-            }
+    for (abi::event ** e : { &b->reached, &b->done }) {
+        *e = inner_->iface.event_new ? inner_->iface.event_new(inner_) : nullptr;
+        if (!*e || reinterpret_cast<event_view *>(*e)->dev != inner_ || !reinterpret_cast<event_view *>(*e)->context) {
+            free_events(*b);
+            abi::ggml().ggml_backend_free(made);
+            fail(GEAR_ERROR_UNSUPPORTED, "this ggml-cuda has no events (GGML_CUDA_NO_PEER_COPY), which a GEAR cache on a GPU needs");
         }
     }
     return &b.release()->base;
@@ -870,8 +859,7 @@ namespace {
 const cuda::api & table_for(abi::device * inner) {
     const char * name   = abi::ggml().ggml_backend_dev_name(inner);
     const char * wanted = getenv("GEARCPP_CUDA");
-    const bool   is_cpu = abi::ggml().ggml_backend_dev_type(inner) == abi::device_cpu; // in tests
-    if (!is_cpu && strncmp(name, "CUDA", 4) != 0) {
+    if (strncmp(name, "CUDA", 4) != 0) {
         fail(GEAR_ERROR_UNSUPPORTED, "device '%s' is neither a CPU nor one of ggml's CUDA devices, and gearcpp keeps a GEAR cache on those only", name);
     }
     if (!wanted || strcmp(wanted, "1") != 0) {
@@ -887,13 +875,10 @@ const cuda::api & table_for(abi::device * inner) {
     if (!table) {
         fail(GEAR_ERROR_UNSUPPORTED, "%s", problem.c_str());
     }
-    if (is_cpu != table->is_emulated) {
-        fail(GEAR_ERROR_UNSUPPORTED, "the library that GEARCPP_CUDA_LIBRARY names is for tests over the CPU, not for '%s'", name);
-    }
     return *table;
 }
 
-// CUDA's number of ggml's device: where its buffers lie.
+// CUDA's number of ggml's device: where its buffers lie. Not out of the name, for whatever CUDA_VISIBLE_DEVICES and ggml make of the order.
 int number_of(const cuda::api & with, abi::device * inner) {
     abi::buffer * probe = abi::ggml().ggml_backend_buft_alloc_buffer(abi::ggml().ggml_backend_dev_buffer_type(inner), 256);
     if (!probe) {
@@ -965,7 +950,7 @@ abi::buffer * cuda_wrapper::make_cache_buffer(size_t size) {
 
 // Its free_buffer stays ggml-cuda's, by which that knows its own buffers.
 void cuda_wrapper::watch(abi::buffer * buffer) {
-    if (!buffer || worker.with.is_emulated || buffer->iface.set_tensor == watched_set_tensor) {
+    if (!buffer || buffer->iface.set_tensor == watched_set_tensor) {
         return;
     }
     std::lock_guard<std::mutex> guard(set_lock);
@@ -983,7 +968,6 @@ void cuda_wrapper::add(cuda_buffer * buffer) {
 
 void cuda_wrapper::remove(cuda_buffer * buffer) {
     std::lock_guard<std::mutex> guard(lock);
-    worker.select();
     worker.with.wait_stream(worker.work);
     buffers_.erase(buffer);
 }
@@ -991,7 +975,7 @@ void cuda_wrapper::remove(cuda_buffer * buffer) {
 std::vector<gear_store_stats> cuda_wrapper::stats() {
     std::lock_guard<std::mutex>   guard(lock);
     std::vector<gear_store_stats> all;
-    worker.select();
+    const cuda::selected_device   selected = select();
     for (cuda_buffer * buffer : buffers_) {
         buffer->stats(all);
     }

@@ -3,7 +3,7 @@
 #include "codec/codec.h"
 #include "common/error.h"
 #include "common/memory.h"
-#include "cuda/loader.h"
+#include "plugin/cache_node.h"
 #include "plugin/kv_session.h"
 
 #include <algorithm>
@@ -59,20 +59,39 @@ struct device_tables {
     static abi::buffer_type * type_of(abi::device * device) { return &of(device).type_; }
 
     static bool supports_op(abi::device * device, const abi::tensor * op) {
-        // The loader asks with each weight in a size-0 buffer of our type: no, so that weights stay in the formats of the CPU (mmap, repacked).
+        kv_device & self = of(device);
+        // Never no to an op on our cache: llama.cpp would abort. What it does with the cache decides what the cache becomes. And never yes to one on
+        // another device's: here it would be done on a copy of the whole cache in f16.
+        if (const kv_device * owner = cache_owner(op)) {
+            return owner == &self && (self.cuda_ ? cuda_wrapper::observe(op) : observe(op));
+        }
+        // The loader asks with each weight in a size-0 buffer of our type: no, so that weights stay in the formats of the CPU (mmap, repacked). Those of a
+        // GPU go where ggml-cuda has them.
         int       il;
         gear_side side;
-        if (of(device).cuda_ && !of(device).cuda_->worker.with.is_emulated) { // weights go where ggml-cuda has them
-            return cuda_wrapper::observe(op) || abi::ggml().ggml_backend_dev_supports_op(of(device).inner_, op);
-        }
         for (const abi::tensor * source : op->src) {
             const abi::tensor * root = source && source->view_src ? source->view_src : source;
-            if (root && root->buf && root->buf->size == 0 && root->buf->buft == &of(device).type_ && !parse_cache_name(root->name, il, side)) {
+            if (!self.cuda_ && root && root->buf && root->buf->size == 0 && root->buf->buft == &self.type_ && !parse_cache_name(root->name, il, side)) {
                 return false;
             }
         }
-        // Never no to an op on the cache: llama.cpp would abort. What it does with the cache decides what the cache becomes.
-        return observe(op) || cuda_wrapper::observe(op) || abi::ggml().ggml_backend_dev_supports_op(of(device).inner_, op);
+        return abi::ggml().ggml_backend_dev_supports_op(self.inner_, op);
+    }
+
+    // The device whose GEAR cache an op works on; nullptr: on none.
+    static const kv_device * cache_owner(const abi::tensor * op) {
+        const auto owner_of = [](const abi::tensor * tensor) -> const kv_device * {
+            return kv_buffer::find(tensor) ? &kv_buffer::of(tensor)->device() : cuda_wrapper::owner_of(tensor);
+        };
+        if (is_view_op(op->op)) {
+            return owner_of(op);
+        }
+        for (const abi::tensor * source : op->src) {
+            if (const kv_device * owner = source ? owner_of(source) : nullptr) {
+                return owner;
+            }
+        }
+        return nullptr;
     }
 
     static bool supports_buft(abi::device * device, abi::buffer_type * type) {
@@ -137,6 +156,9 @@ struct device_tables {
 
     static void * proc_address(abi::reg * reg, const char * name) {
         if (of(reg).cuda_) { // the backend is the wrapped one's structure
+            if (strcmp(name, "ggml_backend_split_buffer_type") == 0) {
+                return nullptr; // llama.cpp refuses to split weights by rows then: the half of a layer has no cache of its own
+            }
             return abi::ggml().ggml_backend_reg_get_proc_address(abi::ggml().ggml_backend_dev_backend_reg(of(reg).inner_), name);
         }
         if (strcmp(name, "ggml_backend_set_n_threads") == 0) {
@@ -155,39 +177,14 @@ struct device_tables {
 
 thread_local const kv_device * kv_device::lost_sizes_ = nullptr;
 
-namespace {
-
-// Tests let kernels on the CPU play a GPU: they name a library.
-bool is_emulated() {
-    const char *wanted = getenv("GEARCPP_CUDA"), *library = getenv("GEARCPP_CUDA_LIBRARY");
-    if (!wanted || strcmp(wanted, "1") != 0 || !library) {
-        return false;
-    }
-    std::string       problem;
-    const cuda::api * table = cuda::load(problem);
-    if (!table) { // a test must not pass because it ran without what it names
-        fail(GEAR_ERROR_UNSUPPORTED, "%s", problem.c_str());
-    }
-    return table->is_emulated;
-}
-
-// The CPU, as long as the cache on a GPU is for those who ask for it.
-const char * default_device() {
-    const char * wanted = getenv("GEARCPP_CUDA");
-    return wanted && strcmp(wanted, "1") == 0 && abi::ggml().ggml_backend_dev_by_name("CUDA0") ? "CUDA0" : "CPU";
-}
-
-} // namespace
-
-kv_device::kv_device(const gear_device_params & params, int index)
+kv_device::kv_device(const gear_device_params & params, const char * wanted, int index)
     : callback(params.codec), callback_user(params.codec_user), config_(params.config), n_ubatch_(params.n_ubatch > 0 ? params.n_ubatch : 512) {
     check_config(config_);
-    const char * wanted = params.device ? params.device : default_device();
     inner_ = strcmp(wanted, "CPU") == 0 ? abi::ggml().ggml_backend_dev_by_type(abi::device_cpu) : abi::ggml().ggml_backend_dev_by_name(wanted);
     if (!inner_) {
         fail(GEAR_ERROR_INVALID, "this llama.cpp has no device '%s'", wanted);
     }
-    if (abi::ggml().ggml_backend_dev_type(inner_) != abi::device_cpu || is_emulated()) {
+    if (abi::ggml().ggml_backend_dev_type(inner_) != abi::device_cpu) {
         if (callback) {
             fail(GEAR_ERROR_UNSUPPORTED, "a codec of the caller's runs on the CPU, not on '%s'; set n_gpu_layers=0", wanted);
         }

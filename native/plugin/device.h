@@ -21,12 +21,11 @@ class kv_session;
 
 class kv_device {
   public:
-    // Throws gear::error: bad configuration, unknown device to wrap. ggml must be open.
-    explicit kv_device(const gear_device_params & params, int index);
+    // wanted: ggml's device to wrap. Throws gear::error: bad configuration, unknown device. ggml must be open.
+    kv_device(const gear_device_params & params, const char * wanted, int index);
     ~kv_device();
 
     abi::device *       ggml_device() { return &device_; }
-    abi::reg *          ggml_reg() { return &reg_; }
     abi::device *       inner() const { return inner_; }
     abi::buffer_type *  kv_type() { return &kv_type_; }
     cuda_wrapper *      cuda() const { return cuda_.get(); }

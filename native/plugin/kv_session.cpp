@@ -2,7 +2,7 @@
 
 #include "common/error.h"
 #include "common/memory.h"
-#include "plugin/device.h"
+#include "plugin/kv_devices.h"
 
 #include <algorithm>
 
@@ -31,17 +31,35 @@ void kv_session::make_window(size_t bytes, size_t written) {
     n_window_ = bytes;
 }
 
-kv_session::kv_session(kv_device * device, size_t state_bytes) : device_(device) {
-    make_window(state_bytes, device ? 0 : state_bytes);
-    if (device_) {
-        device_->add(this);
-    }
+kv_session::kv_session(kv_devices * devices, size_t state_bytes) {
+    make_window(state_bytes, devices ? 0 : state_bytes);
+    listen(devices);
 }
 
 kv_session::~kv_session() {
-    if (device_) {
-        device_->remove(this);
+    if (devices_) {
+        for (const auto & device : *devices_) {
+            device->remove(this);
+        }
     }
+}
+
+// From now on whatever one of the devices moves to or from the window is noted.
+void kv_session::listen(kv_devices * devices) {
+    if (!devices) {
+        return;
+    }
+    try {
+        for (const auto & device : *devices) {
+            device->add(this);
+        }
+    } catch (...) { // memory was short: none of them may know this session any more
+        for (const auto & device : *devices) {
+            device->remove(this);
+        }
+        throw;
+    }
+    devices_ = devices;
 }
 
 uint8_t * kv_session::window() const {
@@ -202,28 +220,25 @@ void kv_session::index_ranges() {
 // Restoring
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-void kv_session::attach(kv_device * device) {
-    if (device_) {
+void kv_session::attach(kv_devices * devices) {
+    if (devices_) {
         fail(GEAR_ERROR_INVALID, "this session is attached to a device");
     }
-    if (!device && !kept_.empty()) {
+    if (!devices && !kept_.empty()) {
         fail(GEAR_ERROR_DATA, "it is of a GEAR cache, and this context has none");
     }
     for (const kept_tensor & kept : kept_) {
         const tile_layout * layout;
-        const auto          codec = device->make_codec(kept.image.shape, layout);
+        const auto          codec = (*devices)[0].make_codec(kept.image.shape, layout);
         require_codec(kept.image, codec.get());
-        const gear_config & config = device->config();
+        const gear_config & config = (*devices)[0].config();
         const store_shape & shape  = kept.image.shape;
         if (shape.tile != config.tile || shape.n_tail != config.n_tail || shape.n_sink != config.n_sink) {
             fail(GEAR_ERROR_DATA, "its cache has tiles of %d cells, a tail of %d and %d sinks; this one %d, %d and %d", shape.tile, shape.n_tail,
                  shape.n_sink, config.tile, config.n_tail, config.n_sink);
         }
     }
-    device_ = device;
-    if (device_) {
-        device_->add(this);
-    }
+    listen(devices);
 }
 
 bool kv_session::note_restored(session_tensor & tensor, int64_t cell, int64_t n, const void * data) {
@@ -263,7 +278,7 @@ int64_t kv_session::restore_tensor(kept_tensor & kept) {
         std::shared_ptr<const tile_codec> own;
         if (!codec && image.tile_bytes > 0) { // a cache too small to gain from packing takes the rows
             const tile_layout * layout;
-            own   = device_->make_codec(image.shape, layout);
+            own   = (*devices_)[0].make_codec(image.shape, layout);
             codec = own.get();
         }
         n_changed = restore_image(*in_, image, kept.places, rows, codec, write);

@@ -21,20 +21,20 @@
 namespace gear {
 
 class address_range;
-class kv_device;
+class kv_devices;
 
 class kv_session {
   public:
-    // To be saved: a state of this many bytes. device nullptr: a context without stores.
-    kv_session(kv_device * device, size_t state_bytes);
+    // To be saved: a state of this many bytes. devices nullptr: a context without stores.
+    kv_session(kv_devices * devices, size_t state_bytes);
     // To be restored: all of it is read and checked, but for what only the context can say. note_only: no more than the note.
     kv_session(std::unique_ptr<input> in, bool note_only);
     ~kv_session();
     kv_session(const kv_session &)             = delete;
     kv_session & operator=(const kv_session &) = delete;
 
-    // Before llama.cpp restores from the window. Throws when the device would not understand the tiles.
-    void attach(kv_device * device);
+    // Before llama.cpp restores from the window. Throws when the devices would not understand the tiles.
+    void attach(kv_devices * devices);
 
     uint8_t *                    window() const;
     size_t                       window_size() const { return n_window_; }
@@ -71,12 +71,13 @@ class kv_session {
         int64_t  cell;         // the first one
     };
 
+    void    listen(kv_devices * devices);
     void    make_window(size_t bytes, size_t written);
     void    read_state(const section & from);
     void    index_ranges();
     int64_t restore_tensor(kept_tensor & kept);
 
-    kv_device *                    device_ = nullptr;
+    kv_devices *                   devices_ = nullptr;
     std::unique_ptr<address_range> window_; // address space; most of it is never written
     size_t                         n_window_ = 0;
     std::vector<saved_tensor>      saved_;

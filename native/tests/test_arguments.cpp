@@ -256,7 +256,8 @@ void test_devices_and_sessions() {
     CHECK(!gear_device_new(nullptr)); // ggml is not there
     refused(gear_last_status(), GEAR_ERROR_ABI);
     gear_device_free(nullptr);
-    CHECK(!gear_device_ggml(nullptr));
+    CHECK(!gear_device_ggml(nullptr, 0));
+    CHECK(!*gear_default_devices());
     CHECK(gear_device_error(nullptr, &status)[0] == 0 && status == GEAR_OK);
     CHECK(gear_device_error(nullptr, nullptr)[0] == 0);
     CHECK(gear_device_stats(nullptr, &stats, 1) == -1);

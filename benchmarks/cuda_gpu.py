@@ -62,12 +62,15 @@ def print_perplexity(device: str, log: str) -> None:
 
 
 def require_agreement(results: str) -> None:
-    """A cache of 4 bits costs a trained model a few parts in a thousand."""
+    """A cache of 4 bits costs a trained model a few parts in a thousand, and on two GPUs the same as on one."""
     seen = {line["device"]: line["ppl"] for line in read_lines(Path(results)) if line["what"] == "perplexity"}
     ratio = seen["GEAR0"] / seen["CUDA0"]
     print(f"perplexity: f16 {seen['CUDA0']:.4f}, GEAR {seen['GEAR0']:.4f}, ratio {ratio:.4f}")
     if not 0.99 < ratio < 1.02:
         sys.exit("they do not agree: what follows measures something that is wrong")
+    two = seen.get("GEAR0,GEAR1")
+    if two and abs(two / seen["GEAR0"] - 1) > 1e-3:
+        sys.exit(f"layers split over two GPUs give another perplexity, {two:.4f}")
 
 
 def hold_ballast(gib: str) -> None:

@@ -182,7 +182,13 @@ stage_check() {
     export GGML_BACKEND_PATH=$gear/libgearcpp.so
     find "$root/docs" "$root/native" \( -name '*.md' -o -name '*.h' \) -exec cat {} + >"$work/text.txt"
     model=$root/gearcpp/models/books-6m-q8_0.gguf # a trained model: its perplexities must agree to a few parts in a thousand, whatever the text
-    for device in CUDA0 GEAR0; do
+    devices=(CUDA0 GEAR0)
+    if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then # layers over two GPUs, in pipelines of llama.cpp's
+        devices+=(GEAR0,GEAR1)
+    else
+        echo "layers split over two GPUs: not checked, there is one GPU here"
+    fi
+    for device in "${devices[@]}"; do
         "$bin/llama-perplexity" -m "$model" -dev "$device" -ngl 99 -fa on -c 4096 -b 4096 -ub 512 --chunks 4 -f "$work/text.txt" 2>&1 | tee "$work/perplexity.txt"
         python3 "$root/benchmarks/cuda_gpu.py" perplexity "$device" "$work/perplexity.txt" >>"$results"
     done

@@ -1,12 +1,14 @@
-"""The CUDA wrapper without a GPU: its kernels run on the CPU (native/tests/cuda_on_cpu.h), and ggml's CPU plays the wrapped device.
+"""The CUDA wrapper without a GPU: its kernels run on the CPU (native/tests/cuda_on_cpu.h), on GPUs that ggml's CPU plays (native/tests/cuda_emulated.cpp).
+What touches the memory of another GPU than it should is a fault there as on real ones.
 
-What this cannot show: streams, events, ggml-cuda's own graphs. benchmarks/cuda_gpu.sh runs those on a GPU.
+What this cannot show: what runs at the same time, ggml-cuda's own graphs. benchmarks/cuda_gpu.sh runs those on a GPU.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models import Shape
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "native/tests/cuda_emulated.cpp"
@@ -27,7 +30,8 @@ import numpy as np
 import gearcpp
 arguments = json.loads(sys.argv[1])
 config = gearcpp.GearConfig(tile=64, n_tail=32, n_sink=2)
-llm = gearcpp.Llama(arguments["model"], kv_type=config, n_ctx=512, n_batch=64, n_ubatch=64, logits_all=True, verbose=False, n_threads=1, seed=1)
+sizes = {"n_ctx": 512, "n_batch": 128, "n_ubatch": 64}
+llm = gearcpp.Llama(arguments["model"], kv_type=config, **sizes, logits_all=True, verbose=True, n_threads=1, seed=1, **arguments.get("placement", {}))
 text = llm.tokenize(("The old man looked at the sea and said nothing for a long while. " * 30).encode())[: arguments["n_prompt"]]
 llm.eval(text)
 for token in text[: arguments["n_decode"]]:
@@ -47,15 +51,72 @@ LIVES = """
 import json, sys
 arguments = json.loads(sys.argv[1])
 sys.path.insert(0, arguments["tests"])
+import functools
 from pathlib import Path
+import gearcpp
 import numpy as np
 import test_cache_life as lives
+gearcpp.model_params = functools.partial(gearcpp.model_params, **arguments.get("placement", {}))
 seen = {}
 for name, memory in arguments["lives"]:
     life = lives.lead(Path(arguments["model"]), lives.PACKED, getattr(lives, name), 7, **lives.MEMORIES[memory][2])
     assert life.most_packed > 0
     seen[name + ", " + memory] = np.array(life.logits)
 np.savez(arguments["out"], **seen)
+"""
+
+# Two contexts of one model by turns, one of them cleared on the way; then each alone.
+CONTEXTS = """
+import json, sys
+arguments = json.loads(sys.argv[1])
+sys.path.insert(0, arguments["tests"])
+import llama_cpp
+import numpy as np
+import test_cache_life as lives
+
+def step(life, random):
+    life.step({s: lives.text(random, int(random.integers(1, 40))) for s in (0, 1)})
+
+def use(life, contexts):
+    contexts = {name: {"context": None, "ends": {}, "logits": [], "random": np.random.default_rng(seed)} for name, seed in contexts}
+    for turn in range(12):
+        for name, c in contexts.items():
+            if not c["context"]:
+                c["context"] = llama_cpp.llama_init_from_model(life.model, life._context_params)
+            kept = life.context, life.ends, life.logits
+            life.context, life.ends, life.logits = c["context"], c["ends"], c["logits"]
+            if turn == 6 and name == "b":
+                life.clear(True)
+            step(life, c["random"])
+            c["ends"] = life.ends
+            life.context, life.ends, life.logits = kept
+    for c in contexts.values():
+        llama_cpp.llama_free(c["context"])
+    return {name: np.array(c["logits"]) for name, c in contexts.items()}
+
+with lives.Life(arguments["model"], lives.PACKED) as life:
+    together = use(life, [("a", 1), ("b", 2)])
+    alone = {**use(life, [("a", 1)]), **use(life, [("b", 2)])}
+np.savez(arguments["out"], **{name + " together": x for name, x in together.items()}, **{name + " alone": x for name, x in alone.items()})
+"""
+
+# What a program that loads the plugin by GGML_BACKEND_PATH finds.
+REGISTRY = """
+import ctypes, os
+import llama_cpp
+from gearcpp import _native
+_native.open_ggml()
+ggml = llama_cpp.llama_cpp._lib
+for name in ("ggml_backend_load", "ggml_backend_reg_dev_get", "ggml_backend_dev_name", "ggml_backend_dev_description", "ggml_backend_dev_by_name",
+             "ggml_backend_dev_backend_reg", "ggml_backend_reg_get_proc_address"):
+    getattr(ggml, name).restype = ctypes.c_char_p if name.endswith(("dev_name", "description")) else ctypes.c_void_p
+ggml.ggml_backend_reg_dev_count.restype = ctypes.c_size_t
+library = ctypes.c_void_p(ggml.ggml_backend_load(str(_native.library_path()).encode()))
+devices = [ctypes.c_void_p(ggml.ggml_backend_reg_dev_get(library, ctypes.c_size_t(i))) for i in range(ggml.ggml_backend_reg_dev_count(library))]
+print([ggml.ggml_backend_dev_name(device).decode() for device in devices])
+print([bool(ggml.ggml_backend_dev_by_name(b"GEAR%d" % i)) for i in range(3)])
+split = [ggml.ggml_backend_reg_get_proc_address(ctypes.c_void_p(ggml.ggml_backend_dev_backend_reg(d)), b"ggml_backend_split_buffer_type") for d in devices]
+print(split)
 """
 
 # A session that was saved on either device is loaded, saved again, and used.
@@ -65,7 +126,8 @@ import numpy as np
 import gearcpp
 arguments = json.loads(sys.argv[1])
 config = gearcpp.GearConfig(tile=64, n_tail=32, n_sink=2)
-llm = gearcpp.Llama(arguments["model"], kv_type=config, n_ctx=512, n_batch=64, n_ubatch=64, verbose=False, n_threads=1, seed=1)
+sizes = {"n_ctx": 512, "n_batch": 64, "n_ubatch": 64}
+llm = gearcpp.Llama(arguments["model"], kv_type=config, **sizes, verbose=False, n_threads=1, seed=1, **arguments["placement"])
 text = llm.tokenize(("The old man looked at the sea and said nothing for a long while. " * 30).encode())[:300]
 if arguments["load"]:
     llm.eval(text[:150])  # what was there goes
@@ -104,7 +166,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(environment: dict[str, str], out: Path, script: str = RUN, **arguments: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The last line that the script printed, and the arrays that it left."""
+    """The last line that the script printed ("log": what llama.cpp logged), and the arrays that it left."""
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps({**arguments, "out": str(out)})],
         env={**os.environ, "GEARCPP_SMALL_CACHE": "store", **environment},
@@ -113,11 +175,18 @@ def run(environment: dict[str, str], out: Path, script: str = RUN, **arguments: 
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((done.stdout.splitlines() or ["{}"])[-1]), dict(np.load(out))
+    printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return {**json.loads((printed or ["{}"])[-1]), "log": done.stderr}, dict(np.load(out))
 
 
-def on_gpu(emulated: Path) -> dict[str, str]:
-    return {"GEARCPP_CUDA": "1", "GEARCPP_CUDA_LIBRARY": str(emulated)}
+def on_gpu(emulated: Path, sizes: str = "4000") -> dict[str, str]:
+    """The environment of a machine with GPUs of so many MiB each, which is what llama.cpp splits layers by."""
+    return {"GEARCPP_CUDA": "1", "GEARCPP_CUDA_LIBRARY": str(emulated), "GEARCPP_EMULATED_GPUS": sizes}
+
+
+def caches(log: str) -> dict[str, float]:
+    """MiB of the KV cache on each device."""
+    return {name: float(size) for name, size in re.findall(r"llama_kv_cache: GEAR_(\w+)_\d+_KV KV buffer size = +([\d.]+) MiB", log)}
 
 
 ON_CPU = {"GEARCPP_SIMD": "scalar", "GEARCPP_CUDA": "", "GEARCPP_CUDA_LIBRARY": ""}
@@ -149,21 +218,92 @@ def test_what_llama_cpp_does_with_a_cache_leaves_it_as_on_the_cpu(emulated: Path
         assert distance.max() < 0.05, name  # a fault is beyond 0.25 (test_cache_life.py)
 
 
+# GPUs, how layers are placed, and the share of the cache of the bundled model's six layers that each device has.
+PLACEMENTS = {
+    "two GPUs": ("1000,1000", {}, {"CUDA0": 4, "CUDA1": 2}),  # by memory; the output counts as a layer
+    "three GPUs": ("1000,1000,1000", {}, {"CUDA0": 3, "CUDA1": 2, "CUDA2": 1}),
+    "unequal": ("1000,1000", {"tensor_split": [1, 6]}, {"CUDA0": 1, "CUDA1": 5}),
+    "nothing on the first": ("1000,1000", {"tensor_split": [0, 1]}, {"CUDA1": 6}),
+    "main GPU": ("1000,1000", {"split_mode": 0, "main_gpu": 1}, {"CUDA1": 6}),
+    "some on the CPU": ("1000,1000", {"n_gpu_layers": 4, "tensor_split": [1, 1]}, {"CPU": 3, "CUDA0": 2, "CUDA1": 1}),
+}
+
+
+def test_layers_over_several_gpus_give_what_one_gives(emulated: Path, bundled_model: Path, tmp_path: Path) -> None:
+    arguments = {"model": str(bundled_model), "n_prompt": 200, "n_decode": 4}
+    _, cpu = run(ON_CPU, tmp_path / "cpu.npz", **arguments)
+    one_stats, one = run(on_gpu(emulated), tmp_path / "one.npz", **arguments)
+    for title, (sizes, placement, layers) in PLACEMENTS.items():
+        stats, several = run(on_gpu(emulated, sizes), tmp_path / "several.npz", placement=placement, **arguments)
+        found = caches(stats["log"])
+        assert {name: round(6 * size / sum(found.values())) for name, size in found.items()} == layers, title
+        # llama.cpp begins a step's next part on the first GPU while others still compute: with four copies of what goes from one to the next.
+        assert ("sched copies = 4" in stats["log"]) == (len(sizes.split(",")) > 1 and not placement.keys() & {"split_mode", "n_gpu_layers"}), title
+        for name in ("n_written", "n_packed", "n_exact"):
+            assert stats[name] == one_stats[name], title
+        for name, wanted in one.items():
+            if "CPU" in layers:  # where other kernels sum in another order
+                assert np.abs(several[name] - cpu[name]).max() < 0.05 * cpu[name].std(), title
+            else:
+                assert np.array_equal(several[name], wanted), title
+
+
+def test_what_llama_cpp_does_with_a_cache_on_two_gpus(emulated: Path, random_model: Callable[..., Path], tmp_path: Path) -> None:
+    lives = [("shifts", "one stream"), ("shifts", "streams"), ("shared_prefix", "streams"), ("reload", "streams"), ("reset_and_reuse", "one stream")]
+    arguments = {"model": str(random_model("llama", Shape(n_layer=3))), "tests": str(ROOT / "tests"), "lives": lives}
+    _, one = run(on_gpu(emulated), tmp_path / "one.npz", LIVES, **arguments)
+    _, two = run(on_gpu(emulated, "1000,1000"), tmp_path / "two.npz", LIVES, **arguments)
+    assert one.keys() == two.keys()
+    for name, wanted in one.items():
+        assert np.array_equal(two[name], wanted), name
+    arguments["lives"] = [("shifts", "one stream"), ("reload", "streams")]
+    _, partly = run(on_gpu(emulated, "1000,1000"), tmp_path / "partly.npz", LIVES, placement={"n_gpu_layers": 3}, **arguments)
+    for name, found in partly.items():
+        distance = np.abs(found - one[name]).max(1) / np.abs(one[name]).max(1)
+        assert 0 < distance.max() < 0.05, name  # one layer of three has other kernels
+
+
+def test_two_contexts_of_one_model_know_nothing_of_each_other(emulated: Path, random_model: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = {"model": str(random_model("llama", Shape(n_layer=3))), "tests": str(ROOT / "tests")}
+    _, seen = run(on_gpu(emulated, "1000,1000"), tmp_path / "seen.npz", CONTEXTS, **arguments)
+    for name in ("a", "b"):
+        assert len(seen[f"{name} alone"]) == 24
+        assert np.array_equal(seen[f"{name} together"], seen[f"{name} alone"])
+
+
 def test_sessions_move_between_devices(emulated: Path, bundled_model: Path, tmp_path: Path) -> None:
-    def session(environment: dict[str, str], load: str, save: str) -> tuple[bytes, dict[str, Any], np.ndarray]:
+    def session(environment: dict[str, str], load: str, save: str, placement: dict[str, Any]) -> tuple[bytes, dict[str, Any], np.ndarray]:
         files = {"load": load and str(tmp_path / load), "save": str(tmp_path / save)}
-        stats, arrays = run(environment, tmp_path / "out.npz", SESSION, model=str(bundled_model), **files)
+        stats, arrays = run(environment, tmp_path / "out.npz", SESSION, model=str(bundled_model), placement=placement, **files)
         return (tmp_path / save).read_bytes(), stats, arrays["logits"]
 
-    gpu = on_gpu(emulated)
-    for first, second in ((ON_CPU, gpu), (gpu, ON_CPU)):
-        saved, stats, logits = session(first, "", "first")
-        again, other_stats, other_logits = session(second, "first", "second")
-        assert again == saved  # tiles, rows and their order, to the bit
+    one, two = on_gpu(emulated), on_gpu(emulated, "1000,1000")
+    places: list[tuple[dict[str, str], dict[str, Any]]] = [(ON_CPU, {}), (one, {}), (two, {}), (two, {"n_gpu_layers": 4})]
+    for first, others in ((0, (1, 2, 3)), (1, (0,)), (2, (0, 1))):
+        saved, stats, logits = session(places[first][0], "", "first", places[first][1])
         assert stats["n_packed"] > 0
-        for name in ("n_written", "n_packed", "n_exact"):
-            assert other_stats[name] == stats[name]
-        assert np.abs(other_logits - logits).max() < 0.05 * logits.std()
+        for second in others:
+            again, other_stats, other_logits = session(places[second][0], "first", "second", places[second][1])
+            assert again == saved  # tiles, rows and their order, to the bit
+            for name in ("n_written", "n_packed", "n_exact"):
+                assert other_stats[name] == stats[name]
+            assert np.abs(other_logits - logits).max() < 0.05 * logits.std()
+
+
+def test_mixed_up_devices_show(emulated: Path, bundled_model: Path, tmp_path: Path) -> None:
+    """The second GPU's cache on the first one: the tests above would fail."""
+    environment = {**on_gpu(emulated, "1000,1000"), "GEARCPP_EMULATED_MIXUP": "1"}
+    with pytest.raises(AssertionError):
+        run(environment, tmp_path / "out.npz", model=str(bundled_model), n_prompt=10, n_decode=1)
+
+
+def test_a_program_finds_a_device_for_each_gpu(emulated: Path) -> None:
+    environment = {**os.environ, **on_gpu(emulated, "1000,1000")}
+    done = subprocess.run([sys.executable, "-c", REGISTRY], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names, found, split = done.stdout.splitlines()
+    assert (names, found) == ("['GEAR0', 'GEAR1']", "[True, True, False]")
+    assert split == "[None, None]"  # llama.cpp says then that weights cannot be split by rows
 
 
 def test_what_is_not_covered_is_refused_with_a_reason(emulated: Path, bundled_model: Path) -> None:

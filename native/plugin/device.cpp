@@ -7,6 +7,7 @@
 #include "plugin/kv_session.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -158,6 +159,13 @@ struct device_tables {
         if (of(reg).cuda_) { // the backend is the wrapped one's structure
             if (strcmp(name, "ggml_backend_split_buffer_type") == 0) {
                 return nullptr; // llama.cpp refuses to split weights by rows then: the half of a layer has no cache of its own
+            }
+            if (strcmp(name, "ggml_backend_comm_init") == 0) { // asked for once by a device of ggml's that cuts every tensor up over several of ours
+                constexpr const char * reason =
+                    "split mode 'tensor' cuts a layer's cache up over GPUs, which a GEAR cache does not support; split by layers";
+                of(reg).set_error(GEAR_ERROR_UNSUPPORTED, reason); // fails the first graph
+                fprintf(stderr, "gearcpp: %s\n", reason);
+                return nullptr;
             }
             return abi::ggml().ggml_backend_reg_get_proc_address(abi::ggml().ggml_backend_dev_backend_reg(of(reg).inner_), name);
         }

@@ -4,6 +4,8 @@
 //     GEARCPP_CUDA_LIBRARY      this library; tests/test_cuda_wrapper.py compiles it
 //     GEARCPP_EMULATED_GPUS     MiB of each GPU, which llama.cpp splits layers by, as in 2000,5000 for two of them; one of 4000 where it is not set
 //
+//     GEARCPP_EMULATED_MIXUP    1: CUDA's number of every device is said to be 0
+//
 // Each device has a buffer type of its own that is not the host's, so llama.cpp copies to it and between two of them as it does with ggml-cuda, and asks
 // for pipelines (caps.async, caps.events). Nothing is asynchronous.
 #include "cuda_emulated.h" // first

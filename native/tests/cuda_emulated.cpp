@@ -4,6 +4,7 @@
 //     GEARCPP_CUDA_LIBRARY      this library; tests/test_cuda_wrapper.py compiles it
 //     GEARCPP_EMULATED_GPUS     MiB of each GPU, which llama.cpp splits layers by, as in 2000,5000 for two of them; one of 4000 where it is not set
 //
+//     GEARCPP_EMULATED_ORDER    fixed: threads run in one order, so that what is computed does not depend on how many kernels were launched before
 //     GEARCPP_EMULATED_MIXUP    1: CUDA's number of every device is said to be 0
 //
 // Each device has a buffer type of its own that is not the host's, so llama.cpp copies to it and between two of them as it does with ggml-cuda, and asks
@@ -210,6 +211,8 @@ void register_gpus() {
         make_gpu((size_t) strtoull(at, &end, 10) << 20);
         at = end;
     }
+    const char * order              = getenv("GEARCPP_EMULATED_ORDER");
+    cuda_on_cpu::order_is_fixed()   = order && strcmp(order, "fixed") == 0;
     guards()                        = true;
     n_device()                      = (int) gpus.size();
     cpu                             = ggml<abi::device * (*)(int)>("ggml_backend_dev_by_type")(abi::device_cpu);

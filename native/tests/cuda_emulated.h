@@ -261,8 +261,14 @@ namespace gear::cuda::emulated {
 inline const api table = {
     api_version,
     error_text,
-    [](int * n) { return *n           = n_device(), 0; },
-    device_of_address,
+    [](int * n) { return *n = n_device(), 0; },
+    [](const void * address, int * device) {
+        const int error = device_of_address(address, device);
+        if (getenv("GEARCPP_EMULATED_MIXUP")) { // a fault that tests must find
+            *device = 0;
+        }
+        return error;
+    },
     select_device,
     [](int * device) { return *device = selected(), 0; },
     describe,

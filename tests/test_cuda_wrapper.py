@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from models import Shape
@@ -151,6 +152,21 @@ for arguments in ({"codec": lambda il, side, head, x, written, cells: (x, x.nbyt
         gearcpp.Llama(sys.argv[1], n_ctx=256, verbose=False, n_threads=1, **arguments)
     except gearcpp.UnsupportedError as error:
         print(error)
+"""
+
+# Weights and caches cut up over GPUs: by rows the model is not loaded, by tensors the first step fails.
+CUT_UP = """
+import json, sys
+import llama_cpp
+import gearcpp
+params, device = gearcpp.model_params(sys.argv[1], "gear")
+params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_ROW
+assert not llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), params)
+params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_TENSOR
+model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), params)
+context = llama_cpp.llama_init_from_model(model, gearcpp.context_params("gear", n_ctx=512, n_threads=1))
+batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * 1)(5), 1)
+print(json.dumps([llama_cpp.llama_decode(context, batch), str(device.take_failure())]))
 """
 
 
@@ -315,6 +331,18 @@ def test_what_is_not_covered_is_refused_with_a_reason(emulated: Path, bundled_mo
     done = subprocess.run([sys.executable, "-c", REFUSED, str(bundled_model)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "a codec of the caller's" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(llama_cpp, "LLAMA_SPLIT_MODE_TENSOR"), reason="this llama-cpp-python does not split by tensors")
+def test_layers_cut_up_over_gpus_are_refused_with_a_reason(emulated: Path, bundled_model: Path) -> None:
+    environment = {**os.environ, "GEARCPP_SMALL_CACHE": "store", **on_gpu(emulated, "1000,1000")}
+    done = subprocess.run([sys.executable, "-c", CUT_UP, str(bundled_model)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "GEAR0 does not support split buffers" in done.stderr
+    status, reason = json.loads(done.stdout.splitlines()[-1])
+    assert status != 0
+    assert "split by layers" in reason
+    assert f"gearcpp: {reason}" in done.stderr
 
 
 def test_missing_library_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:

@@ -294,7 +294,10 @@ class Llama(llama_cpp.Llama):
             return
         if state.n_tokens > self.n_ctx():
             raise DataError(f"the state holds {state.n_tokens} tokens; this context has room for {self.n_ctx()} (n_ctx)")
-        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+        whole = np.frombuffer(state.llama_state, np.uint8)  # no copy: it is as large as the cache would be in f16
+        if len(whole) < state.llama_state_size:
+            raise DataError(f"the state is cut off: it should have {state.llama_state_size} bytes and has {len(whole)}")
+        data = whole.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         with self._listening() as log:
             n_bytes = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)
         failure = self._device.take_failure() if self._device else None

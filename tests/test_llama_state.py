@@ -130,6 +130,9 @@ def test_states_that_do_not_fit(random_model: RandomModel, tokens: list[int]) ->
     llm.eval(tokens)
     state = llm.save_state()
     state.llama_state = state.llama_state[: len(state.llama_state) // 2]
+    with pytest.raises(DataError, match="cut off"):
+        llm.load_state(state)
+    assert llm.n_tokens == len(tokens)  # refused before anything changed
     state.llama_state_size = len(state.llama_state)
     with pytest.raises(DataError, match="cannot be loaded"):
         llm.load_state(state)

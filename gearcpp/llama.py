@@ -64,6 +64,7 @@ class Llama(llama_cpp.Llama):
     _stack: Any = None  # what to free; None until the parent makes it, because __del__ runs also after a construction that failed early
     _device: GearDevice | None = None
     _owner: dict[str, Any] | None = None  # what sessions belong to, once it was asked for
+    _present_sampler: Any = None
     _n_sequences = 1  # that share the cells of the context
 
     def __init__(self, model_path: str, *, kv_type: KVTypeLike = "gear", codec: Codec | None = None, **arguments: Any) -> None:
@@ -110,6 +111,18 @@ class Llama(llama_cpp.Llama):
         if self._device:
             self._device.attach(params)
             self._stack.callback(self._device.close)  # the first one pushed is the last one called: after the model is gone
+
+    # The parent leaves a sampler to Python's garbage collector, which does not know what llama.cpp holds for it (in proportion to the vocabulary). Here it
+    # is freed when the next one takes its place.
+    @property
+    def _sampler(self) -> Any:
+        return self._present_sampler
+
+    @_sampler.setter
+    def _sampler(self, sampler: Any) -> None:
+        if self._present_sampler is not None and self._present_sampler is not sampler:
+            self._present_sampler.close()
+        self._present_sampler = sampler
 
     def _check_memory(self, n_ctx: int) -> None:
         """Refuse what the process would be killed for. Without swa_full the caches of sliding windows are smaller than what is known here."""
@@ -351,6 +364,7 @@ class Llama(llama_cpp.Llama):
     def close(self) -> None:
         """Free context, model and cache. May be called twice; whatever else is called afterwards raises ClosedError."""
         if self._stack is not None:
+            self._sampler = None
             super().close()
             self._ctx = self._model = self._batch = self.tokenizer_ = _CLOSED
         if self._device:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,33 @@ def test_a_hundred_lives(random_model: RandomModel) -> None:
     """The device goes after the model: the wrong order crashes now and then."""
     for _ in range(100):
         load(random_model(), n_ctx=256).close()
+
+
+def test_samplers_are_freed_without_a_collection(random_model: RandomModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, samplers = load(random_model()), []
+    make = llm._init_sampler
+
+    def init_sampler(**arguments: Any) -> Any:
+        sampler = make(**arguments)
+        samplers.append(weakref.ref(sampler))
+        return sampler
+
+    monkeypatch.setattr(llm, "_init_sampler", init_sampler)
+    gc.disable()
+    try:
+        llm.eval([1, 5, 9])
+        for _ in range(3):
+            llm.sample(temp=0.8)
+        assert [sampler() for sampler in samplers] == [None] * 3
+        for first in (5, 6):
+            tokens = llm.generate([1, first], temp=0)
+            assert len([next(tokens) for _ in range(4)]) == 4
+            tokens.close()
+        assert [sampler() is None for sampler in samplers] == [True] * 4 + [False]  # the parent keeps a generator's for the next call
+        llm.close()
+        assert samplers[-1]() is None
+    finally:
+        gc.enable()
 
 
 def test_pickling_takes_the_users_own_arguments(random_model: RandomModel) -> None:

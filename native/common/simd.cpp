@@ -7,6 +7,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#if defined(__x86_64__)
+#    include <cpuid.h>
+#endif
 
 #if defined(__aarch64__) && defined(__linux__)
 #    include <asm/hwcap.h>
@@ -41,7 +44,9 @@ const level_list & available() {
         level_list found;
 #if defined(__x86_64__)
         __builtin_cpu_init();
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        unsigned   a, b, c = 0, d;
+        const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); // clang 14 has no name for it below
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
         if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
             found.push_back({ simd_level::avx512vnni, "avx512vnni" });

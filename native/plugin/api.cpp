@@ -1,6 +1,6 @@
 // api.cpp - the plugin's part of the C interface, and the entry through which unmodified llama.cpp programs load it (GGML_BACKEND_PATH).
 
-#include "codec/codec.h"
+#include "codec/config_text.h"
 #include "common/checksum.h"
 #include "common/error.h"
 #include "plugin/kv_devices.h"
@@ -8,12 +8,10 @@
 #include "session/callbacks.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -28,89 +26,6 @@ struct gear_session {
 };
 
 namespace {
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-// GEARCPP_KV: a configuration for programs that cannot pass one, as "bits_k=3,bits_v=3,group_k=32": GearConfig's names
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-
-struct field {
-    const char * name;
-    int32_t *    whole; // one of the two is set
-    float *      real;
-    int32_t *    also = nullptr; // a second member of the same name: settings that K and V share
-};
-
-void set_field(gear_config & c, const std::string & name, const std::string & value) {
-    const field fields[] = {
-        { "bits_k", &c.k.bits, nullptr },
-        { "bits_v", &c.v.bits, nullptr },
-        { "group_k", &c.k.group, nullptr },
-        { "group_v", &c.v.group, nullptr },
-        { "scale_bits", &c.k.scale_bits, nullptr, &c.v.scale_bits },
-        { "rank_k", &c.k.rank, nullptr },
-        { "rank_v", &c.v.rank, nullptr },
-        { "factor_bits", &c.k.factor_bits, nullptr, &c.v.factor_bits },
-        { "rounds", &c.k.rounds, nullptr, &c.v.rounds },
-        { "rotate_k", &c.k.rotate, nullptr },
-        { "rotate_v", &c.v.rotate, nullptr },
-        { "center_k", &c.k.center, nullptr },
-        { "center_v", &c.v.center, nullptr },
-        { "clip_k", nullptr, &c.k.clip },
-        { "clip_v", nullptr, &c.v.clip },
-        { "sparsity", nullptr, &c.k.sparsity },
-        { "tile", &c.tile, nullptr },
-        { "n_tail", &c.n_tail, nullptr },
-        { "n_sink", &c.n_sink, nullptr },
-    };
-    char *       end       = nullptr;
-    const double number    = strtod(value.c_str(), &end);
-    const bool   is_number = end != value.c_str() && *end == '\0';
-    const bool   is_whole  = is_number && std::fabs(number) < INT32_MAX && number == (int32_t) number;
-    if (name == "seed") {
-        if (!is_number || !(number >= 0 && number <= UINT32_MAX)) {
-            gear::fail(GEAR_ERROR_INVALID, "GEARCPP_KV: seed=%s is not a number from 0 to %u", value.c_str(), UINT32_MAX);
-        }
-        c.seed = (uint32_t) number;
-        return;
-    }
-    for (const field & f : fields) {
-        if (name != f.name) {
-            continue;
-        }
-        if (!(f.whole ? is_whole : is_number)) {
-            gear::fail(GEAR_ERROR_INVALID, "GEARCPP_KV: %s=%s is not a %snumber", name.c_str(), value.c_str(), f.whole ? "whole " : "");
-        }
-        if (f.real) {
-            *f.real      = (float) number;
-            c.v.sparsity = c.k.sparsity;
-        } else {
-            *f.whole = (int32_t) number;
-            if (f.also) {
-                *f.also = *f.whole;
-            }
-        }
-        return;
-    }
-    gear::fail(GEAR_ERROR_INVALID, "GEARCPP_KV: unknown setting '%s'; settings are GearConfig's fields, as in bits_k=3,bits_v=3", name.c_str());
-}
-
-gear_config config_from_environment() {
-    gear_config  c    = gear_config_default();
-    const char * text = getenv("GEARCPP_KV");
-    std::string  rest = text ? text : "";
-    while (!rest.empty()) {
-        const size_t      comma = std::min(rest.find(','), rest.size());
-        const std::string part  = rest.substr(0, comma);
-        const size_t      equal = part.find('=');
-        if (equal == std::string::npos) {
-            gear::fail(GEAR_ERROR_INVALID, "GEARCPP_KV: '%s' has no '='; write settings as bits_k=3,bits_v=3", part.c_str());
-        }
-        set_field(c, part.substr(0, equal), part.substr(equal + 1));
-        rest.erase(0, comma + 1);
-    }
-    gear::check_config(c);
-    return c;
-}
 
 gear::kv_devices * devices_of(gear_device * device) {
     return device ? &device->devices : nullptr;
@@ -289,7 +204,7 @@ GEAR_API gear::abi::reg * ggml_backend_init(void) {
         const std::lock_guard<std::mutex> guard(lock);
         if (!device) {
             gear::abi::open(nullptr);
-            const gear_device_params params = { config_from_environment(), nullptr, 0, 0, nullptr, nullptr, nullptr };
+            const gear_device_params params = { gear::config_from_text(getenv("GEARCPP_KV")), nullptr, 0, 0, nullptr, nullptr, nullptr };
             device                          = new gear_device(params);
         }
     });

@@ -1,0 +1,95 @@
+#include "codec/config_text.h"
+
+#include "codec/codec.h"
+#include "common/error.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <string>
+
+namespace gear {
+
+namespace {
+
+struct field {
+    const char * name;
+    int32_t *    whole; // one of the two is set
+    float *      real;
+    int32_t *    also = nullptr; // a second member of the same name: settings that K and V share
+};
+
+void set_field(gear_config & c, const std::string & name, const std::string & value) {
+    const field fields[] = {
+        { "bits_k", &c.k.bits, nullptr },
+        { "bits_v", &c.v.bits, nullptr },
+        { "group_k", &c.k.group, nullptr },
+        { "group_v", &c.v.group, nullptr },
+        { "scale_bits", &c.k.scale_bits, nullptr, &c.v.scale_bits },
+        { "rank_k", &c.k.rank, nullptr },
+        { "rank_v", &c.v.rank, nullptr },
+        { "factor_bits", &c.k.factor_bits, nullptr, &c.v.factor_bits },
+        { "rounds", &c.k.rounds, nullptr, &c.v.rounds },
+        { "rotate_k", &c.k.rotate, nullptr },
+        { "rotate_v", &c.v.rotate, nullptr },
+        { "center_k", &c.k.center, nullptr },
+        { "center_v", &c.v.center, nullptr },
+        { "clip_k", nullptr, &c.k.clip },
+        { "clip_v", nullptr, &c.v.clip },
+        { "sparsity", nullptr, &c.k.sparsity },
+        { "tile", &c.tile, nullptr },
+        { "n_tail", &c.n_tail, nullptr },
+        { "n_sink", &c.n_sink, nullptr },
+    };
+    char *       end       = nullptr;
+    const double number    = strtod(value.c_str(), &end);
+    const bool   is_number = end != value.c_str() && *end == '\0';
+    const bool   is_whole  = is_number && std::fabs(number) < INT32_MAX && number == (int32_t) number;
+    if (name == "seed") {
+        if (!is_number || !(number >= 0 && number <= UINT32_MAX)) {
+            fail(GEAR_ERROR_INVALID, "GEARCPP_KV: seed=%s is not a number from 0 to %u", value.c_str(), UINT32_MAX);
+        }
+        c.seed = (uint32_t) number;
+        return;
+    }
+    for (const field & f : fields) {
+        if (name != f.name) {
+            continue;
+        }
+        if (!(f.whole ? is_whole : is_number)) {
+            fail(GEAR_ERROR_INVALID, "GEARCPP_KV: %s=%s is not a %snumber", name.c_str(), value.c_str(), f.whole ? "whole " : "");
+        }
+        if (f.real) {
+            *f.real      = (float) number;
+            c.v.sparsity = c.k.sparsity;
+        } else {
+            *f.whole = (int32_t) number;
+            if (f.also) {
+                *f.also = *f.whole;
+            }
+        }
+        return;
+    }
+    fail(GEAR_ERROR_INVALID, "GEARCPP_KV: unknown setting '%s'; settings are GearConfig's fields, as in bits_k=3,bits_v=3", name.c_str());
+}
+
+} // namespace
+
+gear_config config_from_text(const char * text) {
+    gear_config c    = gear_config_default();
+    std::string rest = text ? text : "";
+    while (!rest.empty()) {
+        const size_t      comma = std::min(rest.find(','), rest.size());
+        const std::string part  = rest.substr(0, comma);
+        const size_t      equal = part.find('=');
+        if (equal == std::string::npos) {
+            fail(GEAR_ERROR_INVALID, "GEARCPP_KV: '%s' has no '='; write settings as bits_k=3,bits_v=3", part.c_str());
+        }
+        set_field(c, part.substr(0, equal), part.substr(equal + 1));
+        rest.erase(0, comma + 1);
+    }
+    check_config(c);
+    return c;
+}
+
+} // namespace gear

@@ -3,19 +3,20 @@
 #include "codec/codec.h"
 #include "common/error.h"
 #include "common/memory.h"
+#include "common/side.h"
 #include "session/callbacks.h"
 #include "session/store_image.h"
 #include "store/gear_codec.h"
 #include "store/store.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <vector>
 
 namespace {
 
-constexpr int max_threads = 1024;
+constexpr int     max_threads = 1024;
+constexpr int64_t max_rows    = 1 << 27; // of one attention op: its numbers of tasks and rows stay far below 2^31
 
 // One side: its store, and the layout of its tiles for attention. A side of 16 bits has no codec: every row stays f16.
 struct side_cache {
@@ -45,16 +46,7 @@ struct gear_cache {
 
     side_cache k, v;
 
-    // The caller's number is looked at as a number: C callers can pass any, and an enum of C++ must not hold it.
-    side_cache & side(const gear_side & side) {
-        int number;
-        static_assert(sizeof number == sizeof side, "gear_side is passed as an int");
-        memcpy(&number, &side, sizeof number);
-        if (number != GEAR_SIDE_K && number != GEAR_SIDE_V) {
-            gear::fail(GEAR_ERROR_INVALID, "side %d: use GEAR_SIDE_K (0) or GEAR_SIDE_V (1)", number);
-        }
-        return number == GEAR_SIDE_K ? k : v;
-    }
+    side_cache & side(const gear_side & side) { return gear::checked_side(side) == GEAR_SIDE_K ? k : v; }
 };
 
 namespace {
@@ -88,6 +80,10 @@ void check_attention(const gear_attention_params & p, const gear::store_shape & 
     }
     if (p.stream0 < 0 || p.n_stream < 1 || p.stream0 > shape.n_stream - p.n_stream) {
         gear::fail(GEAR_ERROR_INVALID, "streams %d to %lld: the cache has %d", p.stream0, (long long) p.stream0 + p.n_stream - 1, shape.n_stream);
+    }
+    if ((int64_t) std::max(p.n_query, 1) * p.n_head > max_rows / p.n_stream) {
+        gear::fail(GEAR_ERROR_INVALID, "%d queries of %d heads in %d streams are more than one operation takes (%lld rows)", p.n_query, p.n_head,
+                   p.n_stream, (long long) max_rows);
     }
     if (p.mask && (p.mask_n_head < 1 || p.mask_n_stream < 1)) {
         gear::fail(GEAR_ERROR_INVALID, "a mask of %d heads and %d streams: use at least 1 of each", p.mask_n_head, p.mask_n_stream);
@@ -211,8 +207,8 @@ void gear_cache_free(gear_cache * cache) {
 gear_status gear_cache_write(gear_cache * cache, gear_side side, int64_t n, const int64_t * cells, const float * rows, int32_t n_threads) {
     return gear::guarded([&] {
         require(cache, "cache");
-        if (n < 0) {
-            gear::fail(GEAR_ERROR_INVALID, "cannot write %lld rows", (long long) n);
+        if (n < 0 || n > INT32_MAX) {
+            gear::fail(GEAR_ERROR_INVALID, "cannot write %lld rows at once", (long long) n);
         }
         if (n == 0) {
             return;

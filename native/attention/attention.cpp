@@ -22,8 +22,8 @@ constexpr int block_rows     = 128; // rows of a block beyond that: enough to pa
 constexpr int copying_rows   = 16;  // from so many rows on it pays to lay a tile's exact rows side by side
 constexpr int tasks_a_thread = 4;   // so that no thread waits long for the last one
 
-int ceil_div(int a, int b) {
-    return (a + b - 1) / b;
+int ceil_div(int64_t a, int64_t b) {
+    return (int) ((a + b - 1) / b);
 }
 
 // How an op is cut into tasks.

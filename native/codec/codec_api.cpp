@@ -3,6 +3,7 @@
 #include "codec/codec.h"
 #include "common/error.h"
 #include "common/half.h"
+#include "common/side.h"
 
 #include <memory>
 #include <new>
@@ -25,9 +26,9 @@ void need_tile(const void * tile) {
     }
 }
 
-tile_layout layout_of(const gear_config * config, gear_side side, int d_head) {
+tile_layout layout_of(const gear_config * config, const gear_side & side, int d_head) {
     need(config, "config");
-    return make_layout(*config, side, d_head);
+    return make_layout(*config, checked_side(side), d_head);
 }
 
 struct aligned_delete {

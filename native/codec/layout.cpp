@@ -118,9 +118,6 @@ void check_heads(const gear_config & config, int d_head_k, int d_head_v) {
 
 tile_layout make_layout(const gear_config & config, gear_side side, int d_head) {
     check_config(config);
-    if (side != GEAR_SIDE_K && side != GEAR_SIDE_V) {
-        fail(GEAR_ERROR_INVALID, "side must be GEAR_SIDE_K (0) or GEAR_SIDE_V (1), not %d", (int) side);
-    }
     check_head(side, d_head);
     const bool is_k = side == GEAR_SIDE_K;
 

@@ -37,6 +37,15 @@ template <class T> void require(const T & ok, const char * what) {
     }
 }
 
+// The elements of a row are counted in an int.
+void check_layer(const gear_layer & layer) {
+    for (const int32_t d_head : { layer.d_head_k, layer.d_head_v }) {
+        if (layer.n_head_kv < 0 || d_head < 0 || (d_head > 0 && layer.n_head_kv > INT32_MAX / d_head)) {
+            gear::fail(GEAR_ERROR_INVALID, "layer %d: no cache has %d heads of %d channels", layer.il, layer.n_head_kv, d_head);
+        }
+    }
+}
+
 } // namespace
 
 extern "C" {
@@ -64,11 +73,14 @@ const char * gear_ggml_commit(void) {
 gear_device * gear_device_new(const gear_device_params * params) {
     gear_device * made = nullptr;
     gear::guarded([&] {
+        require(params, "params is NULL");
+        require(params->n_layer >= 0 && (params->layers || params->n_layer == 0), "n_layer says how many layers there are, and layers is where they are");
+        for (int32_t i = 0; i < params->n_layer; ++i) {
+            check_layer(params->layers[i]);
+        }
         if (!gear::abi::is_open()) {
             gear::fail(GEAR_ERROR_ABI, "gear_open must come before gear_device_new");
         }
-        require(params, "params is NULL");
-        require(params->n_layer >= 0 && (params->layers || params->n_layer == 0), "n_layer says how many layers there are, and layers is where they are");
         made = new gear_device(*params);
     });
     return made;

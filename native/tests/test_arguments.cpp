@@ -31,8 +31,11 @@ gear_cache_params cache_params() {
     return { gear_config_default(), { 0, n_head, d_head, d_head }, n_cell, 1, 64 };
 }
 
+int n_refused = 0;
+
 // Refused with a message of its own.
 void refused(gear_status status, gear_status expected = GEAR_ERROR_INVALID) {
+    ++n_refused;
     CHECK(status == expected);
     if (status != expected) {
         printf("  status %d instead of %d: %s\n", status, expected, gear_last_error());
@@ -105,7 +108,9 @@ void test_using_a_cache() {
 
     refused(gear_cache_write(nullptr, GEAR_SIDE_K, 1, &cell, rows.data(), 1));
     refused(gear_cache_write(cache, neither, 1, &cell, rows.data(), 1));
-    refused(gear_cache_write(cache, GEAR_SIDE_K, -1, &cell, rows.data(), 1));
+    for (const int64_t n : { (int64_t) -1, INT64_MIN, (int64_t) 1 << 31, INT64_MAX }) {
+        refused(gear_cache_write(cache, GEAR_SIDE_K, n, &cell, rows.data(), 1));
+    }
     refused(gear_cache_write(cache, GEAR_SIDE_K, 1, nullptr, rows.data(), 1));
     refused(gear_cache_write(cache, GEAR_SIDE_K, 1, &cell, nullptr, 1));
     refused(gear_cache_write(cache, GEAR_SIDE_K, 1, &far, rows.data(), 1));
@@ -159,6 +164,11 @@ void test_using_a_cache() {
         refused_with([&](auto & p) { p.stream0 = n; });
         refused_with([&](auto & p) { p.n_stream = n; });
     }
+    // Numbers that are right one by one, and whose product is not.
+    refused_with([](auto & p) { p.n_query = INT_MAX; });
+    refused_with([](auto & p) { p.n_head = INT_MAX - 1; });
+    refused_with([](auto & p) { p.n_query = 0, p.n_head = 1 << 30; });
+    refused_with([](auto & p) { p.n_query = 1 << 16, p.n_head = 1 << 16; });
     const uint16_t mask = 0;
     refused_with([&](auto & p) { p.mask = &mask, p.mask_n_head = 0; });
     refused_with([&](auto & p) { p.mask = &mask, p.mask_n_stream = -1; });
@@ -216,6 +226,14 @@ void test_tiles() {
         refused(gear_head_check(&config, 64, d), GEAR_ERROR_UNSUPPORTED);
         refused(gear_tile_describe(&config, GEAR_SIDE_K, d, &layout), GEAR_ERROR_UNSUPPORTED);
     }
+    gear_side neither;
+    for (const int number : { 2, 7, -1, INT_MAX, INT_MIN }) {
+        memcpy(&neither, &number, sizeof neither);
+        refused(gear_tile_describe(&config, neither, 64, &layout));
+        refused(gear_tile_pack(&config, neither, 64, &x, nullptr, tile));
+        refused(gear_tile_unpack(&config, neither, 64, tile, &x));
+        refused(gear_tile_parts(&config, neither, 64, tile, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr));
+    }
     refused(gear_tile_describe(nullptr, GEAR_SIDE_K, 64, &layout));
     refused(gear_tile_describe(&config, GEAR_SIDE_K, 64, nullptr));
     refused(gear_tile_pack(&config, GEAR_SIDE_K, 64, nullptr, nullptr, tile));
@@ -252,9 +270,29 @@ void test_tiles() {
 
 void test_devices_and_sessions() {
     gear_store_stats stats;
-    gear_status      status = GEAR_ERROR_INTERNAL;
-    CHECK(!gear_device_new(nullptr)); // ggml is not there
-    refused(gear_last_status(), GEAR_ERROR_ABI);
+    gear_status      status    = GEAR_ERROR_INTERNAL;
+    const auto       no_device = [](const gear_device_params * params, gear_status expected) {
+        CHECK(!gear_device_new(params));
+        refused(gear_last_status(), expected);
+    };
+    gear_layer         layer  = { 0, 2, 64, 64 };
+    gear_device_params device = { gear_config_default(), &layer, 1, 0, nullptr, nullptr, nullptr };
+    no_device(nullptr, GEAR_ERROR_INVALID);
+    no_device(&device, GEAR_ERROR_ABI); // ggml is not there
+    for (int32_t * number : { &layer.n_head_kv, &layer.d_head_k, &layer.d_head_v }) {
+        const int32_t before = *number;
+        for (const int bad : { -1, INT_MIN, INT_MAX }) {
+            *number = bad;
+            no_device(&device, GEAR_ERROR_INVALID);
+        }
+        *number = before;
+    }
+    for (const int n : { -1, INT_MIN }) {
+        device.n_layer = n;
+        no_device(&device, GEAR_ERROR_INVALID);
+    }
+    device.n_layer = 1, device.layers = nullptr;
+    no_device(&device, GEAR_ERROR_INVALID);
     gear_device_free(nullptr);
     CHECK(!gear_device_ggml(nullptr, 0));
     CHECK(!*gear_default_devices());
@@ -318,5 +356,6 @@ int main() {
     test_saving_a_cache();
     test_tiles();
     test_devices_and_sessions();
+    printf("%d calls refused\n", n_refused);
     return check::finish();
 }

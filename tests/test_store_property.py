@@ -206,16 +206,22 @@ class Store(RuleBasedStateMachine):
 
     @rule(flushed=st.booleans())
     def save_packed(self, flushed: bool) -> None:
-        """As sessions do, into the same cells: all is as it was, bit for bit, and stays so."""
+        """As sessions do, into the same cells: all is as it was, bit for bit, and stays so, where there is room for as many exact rows."""
         if flushed:
             self.flush(1)
         fresh = self.make()
         for side in SIDES:
             saved = self.cache.save(side)
             assert fresh.load(side, saved) == 0
+            before, after = self.cache.stats(side), fresh.stats(side)
+            if after["bytes_exact"] < before["bytes_exact"]:
+                # A write of more than n_ubatch rows had enlarged the pool: what finds no room in the new one is written, and packed.
+                event("restored into a smaller pool")
+                self.truth[side], self.touched[:] = self.seen[side].copy(), True
+                self.last = set()
+                continue
             assert fresh.save(side) == saved, "what is saved again differs"
             assert fresh.read(side).tobytes() == self.cache.read(side).tobytes(), "a restored cache differs from the saved one"
-            before, after = self.cache.stats(side), fresh.stats(side)
             assert {**after, "n_pack": 0, "bytes_exact": 0, "bytes_tables": 0} == {**before, "n_pack": 0, "bytes_exact": 0, "bytes_tables": 0}
         self.cache.close()
         self.cache = fresh

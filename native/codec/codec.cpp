@@ -45,12 +45,12 @@ struct workspace {
     group_coder coder;
 };
 
-// Lays the workspace out from `scratch` on and returns its bytes.
+// Lays the workspace out from `scratch` on and returns its bytes. It reckons in numbers: from nullptr, which has no offsets, it only counts.
 size_t place_workspace(const tile_layout & layout, void * scratch, workspace & w) {
     const size_t n = (size_t) layout.n_token * layout.d_head, n_group = layout.part.n_group, r = layout.config.rank;
     size_t       bytes = 0;
     const auto   take  = [&](size_t count) {
-        float * array = (float *) ((uint8_t *) scratch + bytes);
+        float * array = reinterpret_cast<float *>((uintptr_t) scratch + bytes);
         bytes += (count * sizeof(float) + tile_align - 1) / tile_align * tile_align;
         return array;
     };
@@ -120,12 +120,8 @@ void mean_of_rows(int T, int d, const float * X, const float * D, float * mean) 
         if (std::isnan(X[0])) { // without S a row is absent as a whole or not at all
             continue;
         }
-        const float * model = D + (int64_t) t * d;
-        for (int c = 0; c < d && D; ++c) {
-            mean[c] += X[c] - model[c];
-        }
-        for (int c = 0; c < d && !D; ++c) {
-            mean[c] += X[c];
+        for (int c = 0; c < d; ++c) {
+            mean[c] += D ? X[c] - D[(int64_t) t * d + c] : X[c];
         }
         ++n;
     }
@@ -293,14 +289,13 @@ bool is_cut(const tile_layout & layout, const kept_rows & kept, const float * Y,
     float       cut = 0, widened = 0;
     for (int i = t; i < t + layout.group; ++i) {
         const float y = Y[(int64_t) i * layout.d_head + c];
-        if (kept.is_kept[i]) {
-            widened += rounding;
-        } else if (!std::isnan(y)) {
-            const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f;
-            const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f; // a configuration may clip
-            cut += beyond_old * beyond_old + old_rounding;
-            widened += beyond * beyond + rounding;
+        if (std::isnan(y)) {
+            continue;
         }
+        const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f; // a kept row's, too, where it was an outlier
+        const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f;                 // a configuration may clip
+        cut += beyond_old * beyond_old + (kept.is_kept[i] ? 0.0f : old_rounding);
+        widened += beyond * beyond + rounding;
     }
     return cut <= widened;
 }

@@ -485,14 +485,13 @@ struct packer {
         float       cut = 0, widened = 0;
         for (int t = first; t < first + layout.group; ++t) {
             const float y = Y[t * d() + c];
-            if (source[t] == place_packed) {
-                widened += rounding;
-            } else if (!is_absent(y)) {
-                const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f;
-                const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f;
-                cut += beyond_old * beyond_old + old_rounding;
-                widened += beyond * beyond + rounding;
+            if (is_absent(y)) {
+                continue;
             }
+            const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f;
+            const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f;
+            cut += beyond_old * beyond_old + (source[t] == place_packed ? 0.0f : old_rounding);
+            widened += beyond * beyond + rounding;
         }
         return cut <= widened;
     }

@@ -605,6 +605,39 @@ static void test_the_cheaper_range_is_taken() {
     }
 }
 
+// An entry of a kept row that was an outlier, and is none beside the new rows, keeps its value to a code's rounding: it is not cut off.
+static void test_kept_outliers_are_not_cut_off() {
+    uint32_t seed = check::seed();
+    for (const int scale_bits : { 8, 16 }) {
+        for_each_side([&](gear_side side) {
+            gear_config config = plain_config(4, scale_bits, 64);
+            config.k.sparsity = config.v.sparsity = 0.05f;
+            const tile_case      c(config, side, 64);
+            numbers              x = gaussian(c.size(), ++seed);
+            std::vector<uint8_t> kept(c.T(), 1);
+            std::transform(x.begin(), x.end(), x.begin(), [](float number) { return 0.25f * number; });
+            for (int i = 0; i < c.d(); ++i) {
+                x[3 * c.d() + i] = 5, x[7 * c.d() + i] = 4; // outliers of K's channels
+            }
+            const bytes   old    = c.pack(x);
+            const numbers before = c.unpack(old);
+            numbers       next   = before;
+            for (const int t : { 20, 40 }) {
+                kept[t] = 0;
+                for (int i = 0; i < c.d(); ++i) {
+                    next[t * c.d() + i] = 8 + (float) i / 64;
+                }
+            }
+            const numbers after = c.unpack(repack(c, next, kept, old));
+            float         most  = 0;
+            for (int i = 0; i < c.size(); ++i) {
+                most = std::max(most, std::fabs(after[i] - next[i]));
+            }
+            CHECK(most < 0.75f * 6 / (float) c.layout.levels); // from about -1 to 5, and a little for scales of 8 bits
+        });
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Bytes
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -794,6 +827,7 @@ int main() {
         test_unwritten_have_no_say();
         test_kept_rows_stay();
         test_kept_rows_do_not_wear();
+        test_kept_outliers_are_not_cut_off();
         test_the_cheaper_range_is_taken();
         test_bytes_are_counted();
         test_bad_configs();

@@ -171,17 +171,20 @@ stream_image read_stream(cursor & from, const store_image & image, int index) {
         of.tiles.push_back(std::move(kept));
     }
     from.require(n_exact, 2 * sizeof(int64_t));
-    std::vector<bool> seen(shape.n_cell);
-    int64_t           before = 0;
+    std::vector<int64_t> cells; // not a table of all cells: what a session says of its cells must not cost more memory than the session has bytes
+    int64_t              before = 0;
     for (uint64_t i = 0; i < n_exact; ++i) {
         const exact_cell e = { from.value<int64_t>(), from.value<int64_t>() };
-        if (e.cell < 0 || e.cell >= shape.n_cell || seen[e.cell] || !covers(image.ranges, first + e.cell) || e.written_at <= before ||
-            e.written_at > of.clock) {
+        if (e.cell < 0 || e.cell >= shape.n_cell || !covers(image.ranges, first + e.cell) || e.written_at <= before || e.written_at > of.clock) {
             fail_inconsistent(shape, "its exact rows are out of order");
         }
-        seen[e.cell] = true;
-        before       = e.written_at;
+        before = e.written_at;
+        cells.push_back(e.cell);
         of.exact.push_back(e);
+    }
+    std::sort(cells.begin(), cells.end());
+    if (std::adjacent_find(cells.begin(), cells.end()) != cells.end()) {
+        fail_inconsistent(shape, "a cell has two exact rows");
     }
     return of;
 }

@@ -162,10 +162,14 @@ bool same(const store & a, const store & b) {
     return ok;
 }
 
+int n_tried = 0, n_refused_of_them = 0;
+
 template <class F> std::string refusal(F && f) {
+    ++n_tried;
     try {
         f();
     } catch (const error & e) {
+        ++n_refused_of_them;
         CHECK(e.status == GEAR_ERROR_DATA);
         return e.what();
     }
@@ -415,6 +419,14 @@ void test_forged() {
     }
     CHECK(n_refused > 2500);
 
+    bytes_input twice({ whole.bytes.begin() + found.offset, whole.bytes.begin() + found.offset + found.size });
+    uint8_t *   stream = twice.bytes.data() + 8 * 4 + 3 * 8 + 8 + 24; // clock, tiles, exact rows, and their tables
+    uint64_t    n_kept;
+    memcpy(&n_kept, stream + 8, sizeof n_kept);
+    uint8_t * exact = stream + 24 + n_kept * (8 + tile / 8);
+    memcpy(exact + 16, exact, 8);
+    CHECK(refusal([&] { read_image(twice, all); }).find("a cell has two exact rows") != std::string::npos);
+
     for (size_t n = 0; n < found.size; ++n) { // a payload that ends early
         CHECK(!refusal([&] { read_image(whole, { section_kind::tensor, found.offset, n }); }).empty());
     }
@@ -486,5 +498,6 @@ int main() {
     test_damage();
     test_forged();
     test_formats();
+    printf("%d things that are wrong with a session, %d refused\n", n_tried, n_refused_of_them);
     return check::finish();
 }

@@ -1,6 +1,7 @@
 // check.h - what the native tests are written with: check() says file, line and expression, counts, and main() returns the count of failures.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -9,7 +10,7 @@
 
 namespace check {
 
-inline int passed = 0, failed = 0;
+inline std::atomic<int> passed{ 0 }, failed{ 0 }; // threads of a team check, too
 
 inline void report(bool ok, const char * file, int line, const char * expression) {
     ok ? ++passed : ++failed;
@@ -38,7 +39,7 @@ inline uint32_t seed() {
 }
 
 inline int finish() {
-    printf("%d passed, %d failed\n", passed, failed);
+    printf("%d passed, %d failed\n", (int) passed, (int) failed);
     return failed != 0;
 }
 

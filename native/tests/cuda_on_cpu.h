@@ -3,6 +3,9 @@
 //
 // Which thread goes on first after a barrier is anybody's guess on a GPU; here it goes by turns from launch to launch (forward, backward, scattered), so
 // that a barrier that is missing shows. A barrier that some threads never reach is reported instead of waited for.
+//
+// ThreadSanitizer is told of the fibers, and that only a launch, a barrier and a warp's exchange order them: so it reports the data races that the threads
+// of a block would have on a GPU, although one thread runs at a time here. Blocks follow one another for it, as do launches.
 #pragma once
 
 #undef _FORTIFY_SOURCE // it takes a jump from one fiber's stack to another's for a defect
@@ -23,6 +26,8 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #    include <sanitizer/common_interface_defs.h>
+#elif defined(__SANITIZE_THREAD__)
+#    include <sanitizer/tsan_interface.h>
 #else
 #    include <csetjmp> // swapcontext asks the kernel for the signal mask at every switch; _longjmp does not
 #endif
@@ -48,12 +53,40 @@ constexpr int    max_threads = 1024;
 constexpr size_t stack_bytes = 64 << 10;
 constexpr size_t exchange    = 32; // bytes of the largest value that a warp exchanges
 
+// What ThreadSanitizer is to see: everything before `publish` comes before what follows a later `take` of the same place.
+inline void publish([[maybe_unused]] void * place) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(place);
+#endif
+}
+inline void take([[maybe_unused]] void * place) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(place);
+#endif
+}
+
+// A number of the machine itself, which all fibers use: no race, and no order between them either.
+class number {
+  public:
+    number(int value = 0) : value_(value) {}
+    number(const number & other) : value_(other) {}
+    number & operator=(const number & other) { return *this = (int) other; }
+    number & operator=(int value) {
+        value_.store(value, std::memory_order_relaxed);
+        return *this;
+    }
+    operator int() const { return value_.load(std::memory_order_relaxed); }
+
+  private:
+    std::atomic<int> value_;
+};
+
 // A barrier: it opens, for all, when its generation changes.
 struct gate {
-    int n_member   = 0;
-    int n_arrived  = 0;
-    int generation = 0;
-    int vote[2]    = {}; // of the generation in progress, and of the one before
+    number n_member;
+    number n_arrived;
+    number generation;
+    number vote[2]; // of the generation in progress, and of the one before
 };
 
 struct warp_state {
@@ -64,13 +97,15 @@ struct warp_state {
 struct fiber {
     ucontext_t              context;
     std::unique_ptr<char[]> stack;
-    const gate *            waits_for  = nullptr; // nullptr: it can run
-    int                     generation = 0;       // that it waits to be over
-    bool                    is_done    = true;
+    std::atomic<gate *>     waits_for{ nullptr }; // nullptr: it can run
+    number                  generation;           // that it waits to be over
+    number                  is_done{ 1 };
     dim3                    index;
     int                     turn = 0; // of the warp's slots
 #if defined(__SANITIZE_ADDRESS__)
     void * fake_stack = nullptr;
+#elif defined(__SANITIZE_THREAD__)
+    void * view = nullptr; // ThreadSanitizer's, of this fiber
 #else
     jmp_buf place;
     bool    has_started = false;
@@ -90,13 +125,15 @@ struct machine {
     std::vector<unsigned char> shared;
     dim3                       block_index, block_size, grid_size;
     ucontext_t                 scheduler;
-    int                        current  = 0;
+    number                     current;
     int                        n_launch = 0;
     std::function<void()>      kernel;
 #if defined(__SANITIZE_ADDRESS__)
     void *       scheduler_fake  = nullptr;
     const void * scheduler_stack = nullptr;
     size_t       scheduler_size  = 0;
+#elif defined(__SANITIZE_THREAD__)
+    std::atomic<void *> scheduler_view{ nullptr };
 #else
     jmp_buf scheduler_place;
 #endif
@@ -117,6 +154,9 @@ inline void to_scheduler() {
     __sanitizer_start_switch_fiber(&f.fake_stack, m.scheduler_stack, m.scheduler_size);
     swapcontext(&f.context, &m.scheduler);
     __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
+#elif defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(m.scheduler_view.load(std::memory_order_relaxed), __tsan_switch_to_fiber_no_sync);
+    swapcontext(&f.context, &m.scheduler);
 #else
     if (_setjmp(f.place) == 0) {
         _longjmp(m.scheduler_place, 1);
@@ -130,8 +170,10 @@ inline void fiber_main() {
     __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_size);
 #endif
     for (;;) { // a fiber serves block after block: making one costs more than most kernels
+        take(&m.kernel);
         m.kernel();
-        m.self().is_done = true;
+        m.self().is_done = 1;
+        publish(&m.block_sync);
         to_scheduler();
     }
 }
@@ -144,6 +186,11 @@ inline void resume(int thread) {
     __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack.get(), stack_bytes);
     swapcontext(&m.scheduler, &f.context);
     __sanitizer_finish_switch_fiber(m.scheduler_fake, nullptr, nullptr);
+#elif defined(__SANITIZE_THREAD__)
+    m.scheduler_view.store(__tsan_get_current_fiber(), std::memory_order_relaxed);
+    f.view = f.view ? f.view : __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(f.view, __tsan_switch_to_fiber_no_sync);
+    swapcontext(&m.scheduler, &f.context);
 #else
     if (_setjmp(m.scheduler_place) != 0) {
         return;
@@ -158,18 +205,21 @@ inline void resume(int thread) {
 
 // Returns the bitwise or of all votes.
 inline int arrive(gate & g, int vote = 0) {
-    const int generation = g.generation;
-    g.vote[generation & 1] |= vote;
-    if (++g.n_arrived == g.n_member) {
+    const int generation   = g.generation;
+    g.vote[generation & 1] = g.vote[generation & 1] | vote;
+    g.n_arrived            = g.n_arrived + 1;
+    publish(&g);
+    if (g.n_arrived == g.n_member) {
         g.n_arrived             = 0;
         g.vote[~generation & 1] = 0;
-        ++g.generation;
+        g.generation            = generation + 1;
     } else {
-        fiber & f    = the_machine().self();
-        f.waits_for  = &g;
+        fiber & f = the_machine().self();
+        f.waits_for.store(&g, std::memory_order_relaxed);
         f.generation = generation;
         to_scheduler();
     }
+    take(&g);
     return g.vote[generation & 1];
 }
 
@@ -181,11 +231,11 @@ inline void run_block(int n_thread) {
     machine & m  = the_machine();
     m.block_sync = {};
     for (int i = 0; i < n_thread; ++i) {
-        fiber & f   = m.fibers[i];
-        f.waits_for = nullptr;
-        f.is_done   = false;
-        f.turn      = 0;
-        f.index     = dim3((unsigned) i, 0, 0);
+        fiber & f = m.fibers[i];
+        f.waits_for.store(nullptr, std::memory_order_relaxed);
+        f.is_done = 0;
+        f.turn    = 0;
+        f.index   = dim3((unsigned) i, 0, 0);
         if (!f.stack) {
             f.stack.reset(new char[stack_bytes]);
             getcontext(&f.context);
@@ -200,16 +250,18 @@ inline void run_block(int n_thread) {
         m.warps[i].sync          = {};
         m.warps[i].sync.n_member = warp_size;
     }
+    publish(&m.kernel);
     for (int n_done = 0; n_done < n_thread;) {
         bool moved = false;
         for (int i = 0; i < n_thread; ++i) {
-            const int thread = place_in_order(i, n_thread, order_is_fixed() ? 0 : m.n_launch % 3);
-            fiber &   f      = m.fibers[thread];
-            if (f.is_done || (f.waits_for && f.waits_for->generation == f.generation)) {
+            const int    thread  = place_in_order(i, n_thread, order_is_fixed() ? 0 : m.n_launch % 3);
+            fiber &      f       = m.fibers[thread];
+            const gate * barrier = f.waits_for.load(std::memory_order_relaxed);
+            if (f.is_done || (barrier && barrier->generation == f.generation)) {
                 continue;
             }
-            f.waits_for = nullptr;
-            moved       = true;
+            f.waits_for.store(nullptr, std::memory_order_relaxed);
+            moved = true;
             resume(thread);
             n_done += f.is_done;
         }
@@ -218,6 +270,7 @@ inline void run_block(int n_thread) {
             abort();
         }
     }
+    take(&m.block_sync);
 }
 
 // A warp's threads see each other's values.
@@ -284,10 +337,12 @@ template <class T> T __shfl_sync(unsigned, T value, int source) {
     return cuda_on_cpu::collective(value, [=](auto of) { return of(source % cuda_on_cpu::warp_size); });
 }
 
-// One thread runs at a time, so that every addition is atomic.
+// One thread runs at a time, so that every addition is atomic: but ThreadSanitizer has to be told.
 template <class T> T atomicAdd(T * to, T value) {
-    const T before = *to;
-    *to += value;
+    T before, after;
+    __atomic_load(to, &before, __ATOMIC_RELAXED);
+    after = before + value;
+    __atomic_store(to, &after, __ATOMIC_RELAXED);
     return before;
 }
 

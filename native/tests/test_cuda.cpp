@@ -3,8 +3,10 @@
 
 #include "cuda_cases.h"
 
-// Under AddressSanitizer a fiber's switch costs ten times as much: fewer of the random cases.
-#if defined(__SANITIZE_ADDRESS__)
+// Under sanitizers a fiber's switch costs ten times as much and more: fewer of the random cases.
+#if defined(__SANITIZE_THREAD__)
+constexpr int n_pack = 6, n_attention = 4, n_cache = 1;
+#elif defined(__SANITIZE_ADDRESS__)
 constexpr int n_pack = 16, n_attention = 8, n_cache = 2;
 #else
 constexpr int n_pack = 32, n_attention = 24, n_cache = 4;

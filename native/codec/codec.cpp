@@ -235,7 +235,7 @@ int code_for(const group_coder & coder, int g, int levels, float y) {
     if (y >= coder.highest[g]) {
         return (int) coder.last[g];
     }
-    return (int) std::min(std::nearbyint((y - coder.zero[g]) * coder.inverse[g]), (float) levels);
+    return (int) std::clamp(std::nearbyint((y - coder.zero[g]) * coder.inverse[g]), 0.0f, (float) levels); // the zero of a held range may lie above y
 }
 
 // Where the code of (t, c) lies in a plane: see tile.h.

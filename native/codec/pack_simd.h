@@ -181,6 +181,7 @@ template <int step> void encode_row(int n, const float * y, const group_coder & 
         const float value = y[i];
         float       code  = ((value - zero[i * step]) * inverse[i * step] + round) - round;
         code              = code > levels ? levels : code;
+        code              = code < 0.0f ? 0.0f : code; // the zero of a held range may lie above the value
         code              = value >= highest[i * step] ? last[i * step] : code;
         code              = value <= lowest[i * step] ? first[i * step] : code;
         code              = value == value ? code : 0.0f;

@@ -542,7 +542,7 @@ struct packer {
             return (int) w.last[group];
         }
         const float inverse = w.scale[group] > 0 ? 1.0f / w.scale[group] : 0.0f;
-        return (int) fminf(nearbyintf((y - w.zero[group]) * inverse), (float) layout.levels);
+        return (int) fmaxf(fminf(nearbyintf((y - w.zero[group]) * inverse), (float) layout.levels), 0.0f);
     }
 
     // A thread writes a word: 4 depths of 2 * per_line lanes and quads.

@@ -605,6 +605,32 @@ static void test_the_cheaper_range_is_taken() {
     }
 }
 
+// A narrow group beside wide ones: its zero in 8 bits is coarser than its codes, and where the set widens the nearest one may lie above what the group
+// holds.
+static void test_a_held_narrow_range_does_not_wrap() {
+    uint32_t seed = check::seed();
+    for (const int round : { 0, 1, 2, 3, 4, 5, 6, 7 }) {
+        const tile_case      c(plain_config(7, 8, 64), GEAR_SIDE_K, 64);
+        numbers              x = gaussian(c.size(), ++seed);
+        std::vector<uint8_t> kept(c.T(), 1);
+        for (int i = 0; i < 32 * c.d(); ++i) {
+            x[i] = 0.1f * x[i] + 0.01f * (float) (i % c.d()); // the first group of each channel
+        }
+        const bytes old  = c.pack(x);
+        numbers     next = c.unpack(old);
+        kept[40]         = 0;
+        for (int i = 0; i < c.d(); ++i) {
+            next[40 * c.d() + i] = 6 + (float) round / 8; // widens the set
+        }
+        const numbers after = c.unpack(repack(c, next, kept, old));
+        float         most  = 0;
+        for (int i = 0; i < 32 * c.d(); ++i) {
+            most = std::max(most, std::fabs(after[i] - next[i]));
+        }
+        CHECK(most < 2 * 12.0f / 255); // two steps of the zero
+    }
+}
+
 // An entry of a kept row that was an outlier, and is none beside the new rows, keeps its value to a code's rounding: it is not cut off.
 static void test_kept_outliers_are_not_cut_off() {
     uint32_t seed = check::seed();
@@ -828,6 +854,7 @@ int main() {
         test_kept_rows_stay();
         test_kept_rows_do_not_wear();
         test_kept_outliers_are_not_cut_off();
+        test_a_held_narrow_range_does_not_wrap();
         test_the_cheaper_range_is_taken();
         test_bytes_are_counted();
         test_bad_configs();

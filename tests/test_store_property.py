@@ -5,8 +5,8 @@
     GEARCPP_TEST_SEED=7 pytest tests/test_store_property.py         another seed (it is in pytest's header)
 
 The model knows of each cell what was written and what was read last. Unwritten cells are zeros. Rows that must be exact (sinks, the tail, the last write)
-are the f16 of what was written, to the bit. Any other row may be packed: coding it moves it by at most a step, and a step that does not touch a row may
-move it by no more than that again, if its tile was packed again.
+are the f16 of what was written, to the bit. Any other row may be packed: coding it moves it by at most a step, or by what a range that kept rows hold cuts
+off (`cut_of`), and a step that does not touch a packed row may move it by no more than a step again, if its tile was packed again.
 """
 
 from __future__ import annotations
@@ -54,6 +54,15 @@ def step_of(config: GearConfig, side: _native.Side) -> float:
     return 0.0 if bits == 16 else widest / (2**bits - 1)
 
 
+def cut_of(config: GearConfig, side: _native.Side) -> float:
+    """How far coding may move a number of a row that joins packed ones of K.
+
+    Their group's range is held while the squares of what it cuts off are no more than a wider range's rounding adds: step^2 / 12 for each of its numbers.
+    """
+    step = step_of(config, side)
+    return step * max(1.0, float(np.sqrt((config.group_k or config.tile) / 12))) if side == "k" else step
+
+
 class Store(RuleBasedStateMachine):
     """One cache and its model. Cells are global; both sides get the same calls with rows of their own."""
 
@@ -74,6 +83,7 @@ class Store(RuleBasedStateMachine):
         self.written = np.zeros(n_all, np.bool_)
         self.truth = {side: np.zeros((n_all, N_EMBD), np.float16) for side in SIDES}  # what should be read, but for coding
         self.seen = {side: np.zeros((n_all, N_EMBD), np.float16) for side in SIDES}  # what was read last
+        self.coded = {side: np.zeros(n_all, np.bool_) for side in SIDES}  # rows that were seen to come from a tile
         self.history: list[list[int]] = [[] for _ in range(n_stream)]  # cells of each stream in the order in which they were written
         self.last: set[int] = set()  # of the last write
         self.touched = np.zeros(n_all, np.bool_)  # rows that this step was to change
@@ -318,14 +328,17 @@ class Store(RuleBasedStateMachine):
             assert stats["n_written"] == self.written.sum() == stats["n_exact"] + stats["n_packed"]
             assert stats["n_exact"] >= exact.sum()
             assert not rows[~self.written].any(), "an unwritten cell is not zero"
-            step = step_of(self.config, side)
+            step, cut = step_of(self.config, side), cut_of(self.config, side)
             off = np.abs(rows.astype(np.float32) - self.truth[side].astype(np.float32)).max(axis=1)
             moved = np.where(self.touched, 0, np.abs(rows.astype(np.float32) - self.seen[side].astype(np.float32)).max(axis=1))
             wrong = exact & (off > 0)
             assert not wrong.any(), f"{side}: exact rows {np.flatnonzero(wrong)[:5]} are off by {off[wrong].max()}"
-            assert off.max() <= 4 * step, f"{side}: row {off.argmax()} is off by {off.max()}, a step is {step}"
-            assert moved.max() <= step, f"{side}: row {moved.argmax()} moved by {moved.max()} without being touched, a step is {step}"
+            assert off.max() <= 3 * step + cut, f"{side}: row {off.argmax()} is off by {off.max()}, a step is {step}"
+            # A packed row holds its numbers within its range, unless they were outliers and give way to others.
+            far = moved > np.where(self.coded[side] & (self.config.sparsity == 0), step, cut)
+            assert not far.any(), f"{side}: rows {np.flatnonzero(far)[:5]} moved by {moved[far].max()} without being touched, a step is {step}"
             self.seen[side] = rows
+            self.coded[side] = (self.coded[side] & ~self.touched) | (rows != self.truth[side]).any(axis=1)
             event(f"packed: {stats['n_packed'] > 0}")
         self.touched[:] = False
 

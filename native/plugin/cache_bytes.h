@@ -23,8 +23,14 @@ inline row_range rows_of(size_t begin, size_t size, size_t all, size_t row) {
     return { first, (int64_t) ((begin + size + row - 1) / row) - first, begin % row };
 }
 
+// Whether `size` bytes that cover this range are whole rows of `row` bytes.
+inline bool is_whole(const row_range & range, size_t size, size_t row) {
+    return range.skip == 0 && size % row == 0;
+}
+
+// The same of bytes that can be read as f16 where they are.
 inline bool is_whole(const row_range & range, size_t size, size_t row, const void * data) {
-    return range.skip == 0 && size % row == 0 && (uintptr_t) data % alignof(uint16_t) == 0;
+    return is_whole(range, size, row) && (uintptr_t) data % alignof(uint16_t) == 0;
 }
 
 template <class T> bool all_zero(const T * values, int64_t n) {

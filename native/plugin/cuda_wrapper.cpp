@@ -83,6 +83,7 @@ struct cuda_tensor final : session_tensor {
     cuda_tensor(const abi::tensor * tensor, int il, gear_side side)
         : session_tensor(il, side, tensor->ne[0]), n_cell(tensor->ne[1]), n_stream((int) tensor->ne[2]), bytes(abi::ggml().ggml_nbytes(tensor)) {}
 
+    bool is_store() const override { return rows != nullptr; }
     void read_store(int n_threads, const reader & f) override;
     void change_store(const changer & f) override;
 
@@ -140,7 +141,6 @@ class cuda_buffer {
     store_shape          shape_of(const cuda_tensor & tensor) const;
     void                 settle_one(cuda_tensor & tensor);
     row_range            rows_at(const cuda_tensor & tensor, const abi::tensor * view, size_t offset, size_t size) const;
-    bool                 in_session(cuda_tensor & tensor, const abi::tensor * view, const void * data, size_t offset, size_t size, bool is_restored);
     void                 write_rows(cuda_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows);
 
     cuda_wrapper &                                  wrapper_;
@@ -369,26 +369,6 @@ row_range cuda_buffer::rows_at(const cuda_tensor & tensor, const abi::tensor * v
                    (size_t) tensor.row_bytes());
 }
 
-// Whole rows between a tensor and the window of a session: noted there. false: not such a transfer.
-bool cuda_buffer::in_session(cuda_tensor & tensor, const abi::tensor * view, const void * data, size_t offset, size_t size, bool is_restored) {
-    kv_session * session = wrapper_.device().session_at(data);
-    if (!session || size == 0) {
-        return false;
-    }
-    const row_range range = rows_at(tensor, view, offset, size);
-    if (range.skip != 0 || size % (size_t) tensor.row_bytes() != 0) {
-        return false;
-    }
-    if (is_restored) {
-        return session->note_restored(tensor, range.first, range.n, data);
-    }
-    if (!tensor.rows) {
-        return false;
-    }
-    session->note_saved(tensor, range.first, range.n, data);
-    return true;
-}
-
 void cuda_buffer::write_rows(cuda_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows) {
     cuda::cuda_worker &  worker = wrapper_.worker;
     std::vector<int64_t> cells;
@@ -407,9 +387,10 @@ void cuda_buffer::write_rows(cuda_tensor & tensor, int64_t cell, int64_t n, cons
 }
 
 void cuda_buffer::set(const abi::tensor * view, const void * data, size_t offset, size_t size) {
-    cuda_tensor &     tensor = *any_of(view);
-    const cuda::api & with   = wrapper_.worker.with;
-    if (in_session(tensor, view, data, offset, size, true)) {
+    cuda_tensor &     tensor  = *any_of(view);
+    const cuda::api & with    = wrapper_.worker.with;
+    kv_session *      session = wrapper_.device().session_at(data);
+    if (session && session->note_restored(tensor, rows_at(tensor, view, offset, size), size, data)) {
         return;
     }
     if (tensor.plain) {
@@ -433,9 +414,10 @@ void cuda_buffer::set(const abi::tensor * view, const void * data, size_t offset
 }
 
 void cuda_buffer::get(const abi::tensor * view, void * data, size_t offset, size_t size) {
-    cuda_tensor &     tensor = *any_of(view);
-    const cuda::api & with   = wrapper_.worker.with;
-    if (in_session(tensor, view, data, offset, size, false)) {
+    cuda_tensor &     tensor  = *any_of(view);
+    const cuda::api & with    = wrapper_.worker.with;
+    kv_session *      session = wrapper_.device().session_at(data);
+    if (session && session->note_saved(tensor, rows_at(tensor, view, offset, size), size, data)) {
         return;
     }
     if (tensor.plain) {

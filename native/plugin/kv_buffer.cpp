@@ -294,29 +294,10 @@ void kv_buffer::write_rows(cache_tensor & tensor, int64_t cell, int64_t n, const
     });
 }
 
-// Whole rows between a tensor and the window of a session: noted there. false: not such a transfer.
-bool kv_buffer::in_session(cache_tensor & tensor, const abi::tensor * view, const void * data, size_t offset, size_t size, bool is_restored) {
-    kv_session * session = device_.session_at(data);
-    if (!session || size == 0) {
-        return false;
-    }
-    const row_range range = rows_at(tensor, view, offset, size);
-    if (range.skip != 0 || size % (size_t) tensor.row_bytes() != 0) {
-        return false;
-    }
-    if (is_restored) {
-        return session->note_restored(tensor, range.first, range.n, data);
-    }
-    if (!tensor.is_store()) {
-        return false;
-    }
-    session->note_saved(tensor, range.first, range.n, data);
-    return true;
-}
-
 void kv_buffer::set(const abi::tensor * view, const void * data, size_t offset, size_t size) {
-    cache_tensor & tensor = *find(view);
-    if (in_session(tensor, view, data, offset, size, true)) {
+    cache_tensor & tensor  = *find(view);
+    kv_session *   session = device_.session_at(data);
+    if (session && session->note_restored(tensor, rows_at(tensor, view, offset, size), size, data)) {
         return;
     }
     if (tensor.kind == cache_kind::undecided) {
@@ -341,8 +322,9 @@ void kv_buffer::set(const abi::tensor * view, const void * data, size_t offset, 
 }
 
 void kv_buffer::get(const abi::tensor * view, void * data, size_t offset, size_t size) {
-    cache_tensor & tensor = *find(view);
-    if (in_session(tensor, view, data, offset, size, false)) {
+    cache_tensor & tensor  = *find(view);
+    kv_session *   session = device_.session_at(data);
+    if (session && session->note_saved(tensor, rows_at(tensor, view, offset, size), size, data)) {
         return;
     }
     if (tensor.kind == cache_kind::undecided) {

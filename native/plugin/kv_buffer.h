@@ -57,8 +57,7 @@ class kv_buffer;
 struct cache_tensor final : session_tensor {
     cache_tensor(kv_buffer & home, abi::tensor * tensor, int il, gear_side side);
 
-    bool is_store() const { return rows != nullptr; }
-
+    bool is_store() const override { return rows != nullptr; }
     void read_store(int n_threads, const reader & f) override;
     void change_store(const changer & f) override;
 
@@ -114,7 +113,6 @@ class kv_buffer {
     };
     cache_kind decide(const cache_layer & layer) const;
     void       write_rows(cache_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows);
-    bool       in_session(cache_tensor & tensor, const abi::tensor * view, const void * data, size_t offset, size_t size, bool is_restored);
 
     kv_device &                device_;
     address_range              base_; // where ggml's allocator thinks the tensors lie

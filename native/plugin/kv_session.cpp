@@ -66,14 +66,18 @@ uint8_t * kv_session::window() const {
     return (uint8_t *) window_->data();
 }
 
-void kv_session::note_saved(session_tensor & tensor, int64_t cell, int64_t n, const void * data) {
+bool kv_session::note_saved(session_tensor & tensor, const row_range & rows, size_t size, const void * data) {
+    if (size == 0 || !tensor.is_store() || !is_whole(rows, size, (size_t) tensor.row_bytes())) {
+        return false;
+    }
     const uint64_t offset = (uint64_t) ((const uint8_t *) data - window());
     auto           found  = std::find_if(saved_.begin(), saved_.end(), [&](const saved_tensor & s) { return s.tensor == &tensor; });
     if (found == saved_.end()) {
         saved_.push_back({ &tensor, {} });
         found = std::prev(saved_.end());
     }
-    found->ranges.push_back({ cell, n, offset });
+    found->ranges.push_back({ rows.first, rows.n, offset });
+    return true;
 }
 
 void kv_session::save(size_t n_state, const void * note, size_t n_note, const void * extra, size_t n_extra, int n_threads, output & out) {
@@ -241,7 +245,11 @@ void kv_session::attach(kv_devices * devices) {
     listen(devices);
 }
 
-bool kv_session::note_restored(session_tensor & tensor, int64_t cell, int64_t n, const void * data) {
+bool kv_session::note_restored(session_tensor & tensor, const row_range & rows, size_t size, const void * data) {
+    if (size == 0 || !is_whole(rows, size, (size_t) tensor.row_bytes())) {
+        return false;
+    }
+    int64_t  cell = rows.first, n = rows.n;
     uint64_t offset = (uint64_t) ((const uint8_t *) data - window());
     for (bool is_first = true; n > 0; is_first = false) {
         const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), offset, [](uint64_t o, const kept_range & r) { return o < r.offset; });

@@ -11,6 +11,7 @@
 //     section extra    the caller's
 #pragma once
 
+#include "plugin/cache_bytes.h"
 #include "plugin/session_tensor.h"
 
 #include <cstddef>
@@ -48,9 +49,9 @@ class kv_session {
 
     // From the buffer, while llama.cpp saves or restores.
     bool has(const void * data) const { return window() <= data && data < window() + n_window_; }
-    void note_saved(session_tensor & tensor, int64_t cell, int64_t n, const void * data);
-    // false: these bytes are in the window itself.
-    bool note_restored(session_tensor & tensor, int64_t cell, int64_t n, const void * data);
+    // `size` bytes at data, which is in the window, are these rows of the tensor. false: they are (or have to go) in the window itself.
+    bool note_saved(session_tensor & tensor, const row_range & range, size_t size, const void * data);
+    bool note_restored(session_tensor & tensor, const row_range & range, size_t size, const void * data);
 
   private:
     struct saved_tensor {

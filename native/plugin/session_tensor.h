@@ -14,6 +14,8 @@ struct session_tensor {
 
     int64_t row_bytes() const { return n_embd * 2; }
 
+    virtual bool is_store() const = 0;
+
     // Pack the full tiles, then give f the rows and the codec of their tiles (nullptr: f16). Only for a tensor that is in a store.
     using reader                                             = std::function<void(const store & rows, const tile_codec * codec)>;
     virtual void read_store(int n_threads, const reader & f) = 0;

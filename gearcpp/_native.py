@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .config import GearConfig
+from .config import GearConfig, Rotation
 from .errors import AbiError, GearError, from_status
 
 Side = Literal["k", "v"]
@@ -144,6 +144,11 @@ def select_simd(name: str | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
+def rotation_number(rotation: Rotation) -> int:
+    """The native library's number for GearConfig's ``rotate_k`` and ``rotate_v``."""
+    return 2 if rotation == "auto" else int(rotation)
+
+
 def config_to_c(config: GearConfig) -> Any:
     """A ``gear_config *`` with the values of ``config``, not yet checked by the library."""
     shared = {"scale_bits": config.scale_bits, "factor_bits": config.factor_bits, "rounds": config.rounds, "sparsity": config.sparsity}
@@ -152,7 +157,7 @@ def config_to_c(config: GearConfig) -> Any:
             "bits": getattr(config, f"bits_{side}"),
             "group": getattr(config, f"group_{side}"),
             "rank": getattr(config, f"rank_{side}"),
-            "rotate": int(getattr(config, f"rotate_{side}")),
+            "rotate": rotation_number(getattr(config, f"rotate_{side}")),
             "center": int(getattr(config, f"center_{side}")),
             "clip": getattr(config, f"clip_{side}"),
             **shared,
@@ -229,30 +234,63 @@ def _aligned(tile: U8, n_bytes: int) -> U8:
     return copy
 
 
-def tile_pack(config: GearConfig, side: Side, x: npt.ArrayLike, written: npt.ArrayLike | None = None) -> U8:
+def tile_pack(config: GearConfig, side: Side, x: npt.ArrayLike, written: npt.ArrayLike | None = None, basis: npt.ArrayLike | None = None) -> U8:
     """Pack the rows of one head.
 
     Args:
         x: [T, d_head], any float type; T is ``config.tile``.
         written: [T], true where the cell has a row; None: everywhere.
+        basis: [d_head / 2] from `choose_basis`, with rotate "auto"; None: chosen by x.
 
     Returns:
         The tile's bytes, u8 [``gear_tile_layout.bytes``], 64-byte aligned.
     """
+    rows, mask = _rows_and_mask(config, x, written)
+    d_head = rows.shape[1]
+    tile = _empty_tile(_layout(config, side, d_head).bytes)
+    arguments = (config_to_c(config), _side_number(side), d_head, _pointer(rows, "float *"), _pointer(mask, "uint8_t *"))
+    if basis is None:
+        check(lib.gear_tile_pack(*arguments, _pointer(tile, "void *")))
+    else:
+        weights = _vector(basis, np.uint8, d_head // 2, "basis")
+        check(lib.gear_tile_pack_in_basis(*arguments, _pointer(weights, "uint8_t *"), _pointer(tile, "void *")))
+    return tile
+
+
+def choose_basis(config: GearConfig, side: Side, x: npt.ArrayLike, written: npt.ArrayLike | None = None, query_square: npt.ArrayLike | None = None) -> U8:
+    """The channels' weights that rotate "auto" gives to a head of such rows.
+
+    Args:
+        x, written: as `tile_pack` takes them.
+        query_square: [d_head], the mean square of each channel of the head's queries; None: not known.
+
+    Returns:
+        u8 [d_head / 2], 4 bits a channel (native/codec/basis.h).
+    """
+    rows, mask = _rows_and_mask(config, x, written)
+    d_head = rows.shape[1]
+    square = None if query_square is None else _vector(query_square, np.float64, d_head, "query_square")
+    basis = np.zeros(max(1, d_head // 2), np.uint8)
+    arguments = (config_to_c(config), _side_number(side), d_head, _pointer(rows, "float *"), _pointer(mask, "uint8_t *"))
+    check(lib.gear_basis_choose(*arguments, _pointer(square, "double *"), _pointer(basis, "uint8_t *")))
+    return basis
+
+
+def _vector(values: npt.ArrayLike, dtype: type, n: int, name: str) -> npt.NDArray[Any]:
+    vector = np.ascontiguousarray(values, dtype)
+    if vector.shape != (n,):
+        raise from_status(lib.GEAR_ERROR_INVALID, f"{name} must be [{n}], not {list(vector.shape)}")
+    return vector
+
+
+def _rows_and_mask(config: GearConfig, x: npt.ArrayLike, written: npt.ArrayLike | None) -> tuple[F32, U8 | None]:
     rows = np.ascontiguousarray(x, np.float32)
     if rows.ndim != 2 or rows.shape[0] != config.tile:
         raise from_status(lib.GEAR_ERROR_INVALID, f"x must be [{config.tile}, d_head], not {list(rows.shape)}")
     mask = None if written is None else np.ascontiguousarray(np.asarray(written) != 0, np.uint8)
     if mask is not None and mask.shape != (config.tile,):
         raise from_status(lib.GEAR_ERROR_INVALID, f"written must be [{config.tile}], not {list(mask.shape)}")
-    d_head = rows.shape[1]
-    tile = _empty_tile(_layout(config, side, d_head).bytes)
-    check(
-        lib.gear_tile_pack(
-            config_to_c(config), _side_number(side), d_head, _pointer(rows, "float *"), _pointer(mask, "uint8_t *"), _pointer(tile, "void *")
-        )
-    )
-    return tile
+    return rows, mask
 
 
 def tile_unpack(config: GearConfig, side: Side, d_head: int, tile: U8) -> F32:
@@ -275,6 +313,7 @@ class TileParts:
         mean: f32 [d], zeros without ``center``.
         outlier_value: f32 [n_vector, n_outlier]; vectors are the channels of K and the tokens of V.
         outlier_index: i32 [n_vector, n_outlier], place within the vector.
+        basis: u8 [d / 2], the channels' weights with rotate "auto", else [0].
     """
 
     codes: U8
@@ -285,6 +324,7 @@ class TileParts:
     mean: F32
     outlier_value: F32
     outlier_index: npt.NDArray[np.int32]
+    basis: U8
 
 
 def tile_parts(config: GearConfig, side: Side, d_head: int, tile: U8) -> TileParts:
@@ -301,6 +341,7 @@ def tile_parts(config: GearConfig, side: Side, d_head: int, tile: U8) -> TilePar
         mean=np.zeros(d_head, np.float32),
         outlier_value=np.zeros((layout.n_vector, layout.n_outlier), np.float32),
         outlier_index=np.zeros((layout.n_vector, layout.n_outlier), np.int32),
+        basis=tile[layout.basis : layout.basis + d_head // 2].copy() if layout.basis >= 0 else np.zeros(0, np.uint8),
     )
     check(
         lib.gear_tile_parts(

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Protocol, Union, runtime_checkable
+from typing import Any, Literal, Protocol, Union, runtime_checkable
 
 from .errors import ConfigError
 
@@ -27,6 +27,9 @@ LLAMA_CACHE_TYPES: dict[str, int] = {
 }
 
 
+Rotation = Union[bool, Literal["auto"]]
+
+
 @dataclass(frozen=True)
 class GearConfig:
     """How a GEAR cache codes keys and values (GEAR, arXiv 2403.05527: X ~ D + L + S per KV head).
@@ -39,7 +42,8 @@ class GearConfig:
         rank_k, rank_v: rank r of L per head and tile, 0 to 16; 0 leaves L out.
         factor_bits: bits of an entry of the factors A and B, 8 or 4.
         rounds: alternating rounds D = Q(X - L), L = lowrank(X - D); 1 is the paper's order.
-        rotate_k, rotate_v: a Hadamard rotation over the head's channels before coding, undone on the query side.
+        rotate_k, rotate_v: how a head's channels are mixed before coding, undone on the query side. False: not at all; True: a Hadamard rotation;
+            "auto": the same after channels are weighed for each head, by what its queries look at and how far its keys stray (native/codec/basis.h).
         center_k, center_v: take each channel's mean over the tile out before coding and keep it as f16 (M; ours, not the paper's). Not together with S.
         sparsity: s of S, the share of each vector (K: channel, V: token) kept exactly, half of it at the top and half at the bottom; 0 leaves S out.
         clip_k, clip_v: shrink each group's range about its middle to this share before coding; 1 does not clip.
@@ -58,8 +62,8 @@ class GearConfig:
     rank_v: int = 0
     factor_bits: int = 8
     rounds: int = 1
-    rotate_k: bool = True
-    rotate_v: bool = True
+    rotate_k: Rotation = "auto"
+    rotate_v: Rotation = True
     center_k: bool = False
     center_v: bool = True
     sparsity: float = 0.0
@@ -271,8 +275,11 @@ def check_config(config: GearConfig) -> None:
     whole("n_tail", 0, 2**30)
     whole("n_sink", 0, 2**20)
     whole("seed", 0, 2**32 - 1)
-    for name in ("rotate_k", "rotate_v", "center_k", "center_v"):
-        if getattr(config, name) not in (False, True, 0, 1):
+    for name in ("rotate_k", "rotate_v"):
+        if getattr(config, name) not in (False, True, "auto"):
+            raise ConfigError(f"{name} must be True, False or 'auto', not {getattr(config, name)!r}")
+    for name in ("center_k", "center_v"):
+        if getattr(config, name) not in (False, True):
             raise ConfigError(f"{name} must be True or False, not {getattr(config, name)!r}")
     for name in ("center_k", "center_v"):
         if getattr(config, name) and config.sparsity:

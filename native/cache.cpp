@@ -276,7 +276,13 @@ gear_status gear_cache_attend(gear_cache * cache, const gear_attention_params * 
         require(params, "params");
         require_threads(n_threads);
         check_attention(*params, cache->k.rows->shape());
-        const gear::attention_op op = { *params, cache->k.rows.get(), cache->v.rows.get(), cache->k.layout(), cache->v.layout() };
+        const gear::attention_op op = { *params,
+                                        cache->k.rows.get(),
+                                        cache->v.rows.get(),
+                                        cache->k.layout(),
+                                        cache->v.layout(),
+                                        gear::default_rounding,
+                                        gear::bases_of(cache->k.codec.get()) };
 
         gear::aligned_buffer scratch;
         void *               data = scratch.reserve(gear::attention_scratch_bytes(op, n_threads));

@@ -6,6 +6,7 @@
 #include "attention/attention.h"
 
 #include "attention/kernels.h"
+#include "codec/basis.h"
 #include "codec/codec.h"
 
 #include <algorithm>
@@ -122,6 +123,27 @@ struct side_tile {
         exact.token = memory.take<int32_t>(tile);
         copy        = memory.take<uint16_t>((size_t) tile * padded(d_head, exact_padding));
         absent      = memory.take<int32_t>(tile);
+    }
+};
+
+// The basis that a tile's rows are coded in.
+struct tile_basis {
+    bool    is_set = false, is_weighted = false;
+    uint8_t bytes[basis_bytes(max_d_head)];
+    float   w[max_d_head];
+
+    static const uint8_t * bytes_of(const prepared_tile & p) { return p.tile + p.layout->part.basis; }
+
+    bool is_of(const prepared_tile & p) const {
+        return is_set && (p.layout->part.basis < 0 || memcmp(bytes, bytes_of(p), basis_bytes(p.layout->d_head)) == 0);
+    }
+    void set(const prepared_tile & p) {
+        is_set      = true;
+        is_weighted = p.layout->part.basis >= 0;
+        if (is_weighted) {
+            memcpy(bytes, bytes_of(p), basis_bytes(p.layout->d_head));
+            load_weights(bytes, p.layout->d_head, w);
+        }
     }
 };
 
@@ -266,26 +288,51 @@ class worker {
             float *       to   = q + row * p.q_stride;
             std::transform(from, from + p.d_k, to, [=](float x) { return x * scale; });
             std::fill(to + p.d_k, to + p.q_stride, 0.0f);
-            if (p.rotates_k()) {
-                float * rotated = q_rotated + row * p.q_stride;
-                std::copy(to, to + p.q_stride, rotated);
-                hadamard(rotated, p.d_k);
-            }
             slope[row] = slope_of(params, head);
             state[row] = { -INFINITY, 0.0f };
         }
         const size_t n_out = s.n_query * p.n_share * p.out_stride;
         std::fill(out, out + n_out, 0.0f);
         std::fill(out_rotated, out_rotated + n_out, 0.0f);
+        k_basis.is_set = v_basis.is_set = false;
     }
 
+    // q.k = (H (q / w)).y where y = H (w o k): the queries as packed tiles of this basis want them.
+    void rotate_queries(int n_rows) {
+        for (int row = 0; row < n_rows; ++row) {
+            const float * from = q + row * p.q_stride;
+            float *       to   = q_rotated + row * p.q_stride;
+            std::copy(from, from + p.q_stride, to);
+            for (int c = 0; k_basis.is_weighted && c < p.d_k; ++c) {
+                to[c] /= k_basis.w[c];
+            }
+            hadamard(to, p.d_k);
+        }
+    }
+
+    // p.V = (H (p.Y)) / w: what was added up in this basis joins the rest.
     void rotate_back(int n_rows) {
-        for (int row = 0; p.rotates_v() && row < n_rows; ++row) {
+        for (int row = 0; v_basis.is_set && row < n_rows; ++row) {
             float * rotated = out_rotated + row * p.out_stride;
             hadamard(rotated, p.d_v);
             for (int c = 0; c < p.d_v; ++c) {
-                out[row * p.out_stride + c] += rotated[c];
+                out[row * p.out_stride + c] += v_basis.is_weighted ? rotated[c] / v_basis.w[c] : rotated[c];
             }
+        }
+    }
+
+    // Tiles of a head have one basis, unless they come from elsewhere: the queries are seldom rotated twice.
+    void enter_bases(int n_rows) {
+        if (p.rotates_k() && k.has_packed && !k_basis.is_of(k.packed)) {
+            k_basis.set(k.packed);
+            rotate_queries(n_rows);
+        }
+        if (p.rotates_v() && v.has_packed && !v_basis.is_of(v.packed)) {
+            rotate_back(n_rows);
+            if (v_basis.is_set) {
+                std::fill(out_rotated, out_rotated + n_rows * p.out_stride, 0.0f);
+            }
+            v_basis.set(v.packed);
         }
     }
 
@@ -321,6 +368,7 @@ class worker {
         open(v, *p.op.v, s, tile, range);
         announce(k, v, v.has_packed ? v.packed.tile : nullptr);
         announce(v, k, tile + 1 < p.n_tile ? packed_tile(*p.op.k, s, tile + 1) : nullptr);
+        enter_bases(n_rows);
         for (int row = 0; row < n_rows; row += slice_rows) {
             const int n = std::min(slice_rows, n_rows - row);
             attend_slice(s, tile, row, n, n == n_rows ? range : visible(s, tile, row, n));
@@ -468,14 +516,15 @@ class worker {
     const plan &              p;
     const attention_kernels & kernels;
     side_tile                 k, v;
-    float *                   q;            // [rows, q_stride] times scale
-    float *                   q_rotated;    // the same as packed tiles want it
-    float *                   slope;        // [rows]
-    softmax_state *           state;        // [rows]
-    float *                   out;          // [rows, out_stride] not yet divided by the sum
-    float *                   out_rotated;  // what came from packed tiles, in their space
-    float *                   scores;       // [slice_rows, tile]
-    float *                   scores_shown; // [slice_rows, tile]
+    tile_basis                k_basis, v_basis; // of the tile at hand
+    float *                   q;                // [rows, q_stride] times scale
+    float *                   q_rotated;        // the same as packed tiles want it
+    float *                   slope;            // [rows]
+    softmax_state *           state;            // [rows]
+    float *                   out;              // [rows, out_stride] not yet divided by the sum
+    float *                   out_rotated;      // what came from packed tiles, in their space
+    float *                   scores;           // [slice_rows, tile]
+    float *                   scores_shown;     // [slice_rows, tile]
 };
 
 size_t worker_bytes(const plan & p) {
@@ -531,6 +580,20 @@ struct scratch_parts {
     }
 };
 
+// The queries that meet each KV head, one thread a head: what is learned does not depend on the number of threads.
+void observe_queries(const plan & p, const team & t) {
+    const gear_attention_params & params = p.params;
+    for (int head = 0; head < params.n_head; ++head) {
+        if (head / p.n_share % t.nth != t.ith) {
+            continue;
+        }
+        for (int stream = 0; stream < params.n_stream; ++stream) {
+            const float * q = at_bytes(params.q, head * params.q_stride[1] + stream * params.q_stride[2]);
+            p.op.k_bases->observe(head / p.n_share, q, params.n_query, params.q_stride[0]);
+        }
+    }
+}
+
 } // namespace
 
 const attention_kernels & current_attention_kernels() {
@@ -558,8 +621,14 @@ void attention(const attention_op & op, const team & t, void * scratch) {
     const scratch_parts parts(p, t.nth, (uintptr_t) scratch);
     if (t.ith == 0) {
         new (parts.next_task) std::atomic<int>(0);
+        if (op.k_bases) {
+            op.k_bases->reserve(p.n_head_kv);
+        }
     }
     t.wait();
+    if (op.k_bases) {
+        observe_queries(p, t);
+    }
     arena  memory((uintptr_t) parts.workers + t.ith * worker_bytes(p));
     worker own(p, memory);
     for (int task; (task = parts.next_task->fetch_add(1, std::memory_order_relaxed)) < p.n_task();) {

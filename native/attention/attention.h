@@ -15,6 +15,8 @@ namespace gear {
 // Two cost twice as many products.
 constexpr float default_rounding = 0.04f;
 
+class head_bases;
+
 struct attention_op {
     gear_attention_params params;
     const store *         k;
@@ -22,6 +24,7 @@ struct attention_op {
     const tile_layout *   k_layout; // nullptr: the store's tiles are plain f16 [T, d] (callback codec), or it has none
     const tile_layout *   v_layout;
     float                 rounding = default_rounding;
+    head_bases *          k_bases  = nullptr; // where the queries are noted that K's basis is chosen by
 };
 
 // Scratch of one op for a team of nth threads.

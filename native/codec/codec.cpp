@@ -9,6 +9,8 @@
 // Every part is rounded to its stored form before the next one is computed, so that each sees, and mends, the errors of those before.
 
 #include "codec/codec.h"
+
+#include "codec/basis.h"
 #include "codec/kernels.h"
 #include "codec/stored.h"
 #include "common/simd.h"
@@ -79,14 +81,17 @@ void sanitize(int n, const float * x, float * X) {
     to_half_range(n, X);
 }
 
-// kept: rows that X holds already.
-void load(const tile_layout & layout, const float * x, const uint8_t * written, const uint8_t * kept, float * X) {
+// kept: rows that X holds already.   w f32 [d]: with rotate 2
+void load(const tile_layout & layout, const float * x, const uint8_t * written, const uint8_t * kept, const float * w, float * X) {
     const int d = layout.d_head;
     for (int t = 0; t < layout.n_token; ++t, x += d, X += d) {
         if (written && !written[t]) {
             std::fill(X, X + d, absent);
         } else if (!(kept && kept[t])) {
             sanitize(d, x, X);
+            for (int c = 0; c < d && layout.config.rotate == rotate_weighted; ++c) {
+                X[c] *= w[c];
+            }
             if (layout.config.rotate) {
                 hadamard(X, d);
                 sanitize(d, X, X);
@@ -562,8 +567,8 @@ size_t pack_scratch_bytes(const tile_layout & layout) {
     return place_workspace(layout, nullptr, w);
 }
 
-void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const uint8_t * written, uint8_t * tile, void * scratch,
-               const kept_rows * kept) {
+void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const uint8_t * written, uint8_t * tile, void * scratch, const kept_rows * kept,
+               const uint8_t * basis) {
     const pack_kernels & kernels = kernels_in_use();
     workspace            w;
     place_workspace(layout, scratch, w);
@@ -571,9 +576,23 @@ void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const
         reconstruct(layout, kernels, kept->tile, w.coder, w.A, w.B, w.X);
         sanitize(layout.n_token * layout.d_head, w.X, w.X);
     }
-    load(layout, x, written, kept ? kept->is_kept : nullptr, w.X); // X
+    uint8_t chosen[basis_bytes(max_d_head)];
+    float   weight[max_d_head];
+    if (layout.config.rotate == rotate_weighted) {
+        if (kept) {
+            basis = kept->tile + layout.part.basis;
+        } else if (!basis) {
+            choose_basis(layout, x, written, nullptr, chosen);
+            basis = chosen;
+        }
+        load_weights(basis, layout.d_head, weight);
+    }
+    load(layout, x, written, kept ? kept->is_kept : nullptr, weight, w.X); // X
 
     std::fill_n(tile, layout.part.bytes, 0); // what lies between the parts is part of the bytes, too
+    if (layout.config.rotate == rotate_weighted) {
+        std::copy_n(basis, basis_bytes(layout.d_head), tile + layout.part.basis);
+    }
     if (layout.config.center) {
         take_mean(layout, kept, w.X, tile); // M, and X - M
     }
@@ -598,9 +617,12 @@ void unpack_tile(const tile_layout & layout, const uint8_t * tile, float * xhat)
     coder.scale       = scale;
     coder.zero        = zero;
     reconstruct(layout, kernels_in_use(), tile, coder, A, B, xhat);
-    float M[max_d_head] = {};
+    float M[max_d_head] = {}, weight[max_d_head];
     if (layout.config.center) {
         load_mean(layout, tile, M);
+    }
+    if (layout.config.rotate == rotate_weighted) {
+        load_weights(tile + layout.part.basis, d, weight);
     }
     for (int t = 0; t < T; ++t) {
         float * row = xhat + (int64_t) t * d;
@@ -609,6 +631,9 @@ void unpack_tile(const tile_layout & layout, const uint8_t * tile, float * xhat)
         }
         if (layout.config.rotate) {
             hadamard(row, d);
+        }
+        for (int c = 0; c < d && layout.config.rotate == rotate_weighted; ++c) {
+            row[c] /= weight[c];
         }
     }
     to_half_range(T * d, xhat);

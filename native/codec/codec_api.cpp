@@ -1,5 +1,6 @@
 // codec_api.cpp - the codec's part of the C interface: every argument is checked here, the codec itself trusts its caller.
 
+#include "codec/basis.h"
 #include "codec/codec.h"
 #include "common/error.h"
 #include "common/half.h"
@@ -116,6 +117,31 @@ extern "C" gear_status gear_tile_describe(const gear_config * config, gear_side 
     return guarded([&] {
         need(layout, "layout");
         *layout = layout_of(config, side, d_head).part;
+    });
+}
+
+extern "C" gear_status gear_basis_choose(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written,
+                                         const double * query_square, uint8_t * basis) {
+    return guarded([&] {
+        const tile_layout layout = layout_of(config, side, d_head);
+        need(x, "x");
+        need(basis, "basis");
+        choose_basis(layout, x, written, query_square, basis);
+    });
+}
+
+extern "C" gear_status gear_tile_pack_in_basis(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written,
+                                               const uint8_t * basis, void * tile) {
+    return guarded([&] {
+        const tile_layout layout = layout_of(config, side, d_head);
+        need(x, "x");
+        need_tile(tile);
+        if (layout.part.basis < 0) {
+            fail(GEAR_ERROR_INVALID, "a basis is for rotate = 2; this side has rotate = %d", layout.config.rotate);
+        }
+        need(basis, "basis");
+        const auto scratch = aligned_memory(pack_scratch_bytes(layout));
+        pack_tile(layout, config->seed, x, written, (uint8_t *) tile, scratch.get(), nullptr, basis);
     });
 }
 

@@ -1,5 +1,6 @@
 #include "codec/config_text.h"
 
+#include "codec/basis.h"
 #include "codec/codec.h"
 #include "common/error.h"
 
@@ -55,6 +56,10 @@ void set_field(gear_config & c, const std::string & name, const std::string & va
     for (const field & f : fields) {
         if (name != f.name) {
             continue;
+        }
+        if (value == "auto" && name.rfind("rotate", 0) == 0) { // as GearConfig says it
+            *f.whole = rotate_weighted;
+            return;
         }
         if (!(f.whole ? is_whole : is_number)) {
             fail(GEAR_ERROR_INVALID, "GEARCPP_KV: %s=%s is not a %snumber", name.c_str(), value.c_str(), f.whole ? "whole " : "");

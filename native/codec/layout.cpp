@@ -1,5 +1,6 @@
 // layout.cpp - what configurations and head sizes the codec takes, and where the parts of a tile lie.
 
+#include "codec/basis.h"
 #include "codec/codec.h"
 #include "common/error.h"
 
@@ -33,8 +34,8 @@ void check_side(const gear_side_config & c, const char * side) {
     if (c.factor_bits != 4 && c.factor_bits != 8) {
         fail(GEAR_ERROR_INVALID, "factor_bits must be 4 or 8, not %d", c.factor_bits);
     }
-    if (c.rotate != 0 && c.rotate != 1) {
-        fail(GEAR_ERROR_INVALID, "rotate%s must be 0 or 1, not %d", side, c.rotate);
+    if (c.rotate < rotate_none || c.rotate > rotate_weighted) {
+        fail(GEAR_ERROR_INVALID, "rotate%s must be 0, 1 or 2, not %d", side, c.rotate);
     }
     if (c.center != 0 && c.center != 1) {
         fail(GEAR_ERROR_INVALID, "center%s must be 0 or 1, not %d", side, c.center);
@@ -162,6 +163,7 @@ tile_layout make_layout(const gear_config & config, gear_side side, int d_head) 
     part.a             = tile.place((int64_t) r * T * layout.config.factor_bits / 8);
     part.b             = tile.place((int64_t) r * d * layout.config.factor_bits / 8);
     part.mean          = tile.place(layout.config.center ? 2 * d : 0);
+    part.basis         = tile.place(layout.config.rotate == rotate_weighted ? basis_bytes(d) : 0);
     part.outlier_value = tile.place(2 * n_outlier);
     part.outlier_index = tile.place(n_outlier);
     part.bytes         = tile.tile_bytes();

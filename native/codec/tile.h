@@ -6,6 +6,9 @@
 // describes X - M. A tile has M or S, not both. When attention averages over tokens, errors of either sign cancel but a channel's mean error stays: so the
 // mean of what D and L lose is added to M at the end.
 //
+// w (`rotate` 2; ours): what is coded is H (w o x) for each row x, with one weight a channel, 4 bits each; basis.h says why, and what the bits mean. With
+// `rotate` 1 it is H x.
+//
 // Groups. K is quantized per channel: a group is `group` consecutive tokens of one channel. V is quantized per token: a group is `group` consecutive
 // channels of one token (the last group of a head may be shorter). Each group has a scale and a zero:   D = zero + scale * code.
 //

@@ -69,7 +69,8 @@ typedef struct gear_side_config {
     int32_t rank;        // r of L, 0 to 16; 0: no L
     int32_t factor_bits; // bits of an entry of A and B: 8 or 4
     int32_t rounds;      // alternating rounds D = Q(X - L), L = lowrank(X - D); 1 is the paper's GEAR
-    int32_t rotate;      // 1: a Hadamard rotation over the head's channels before coding (undone on the query side)
+    int32_t rotate;      // over the head's channels before coding, undone on the query side. 0: none; 1: Hadamard; 2: weights chosen for each head, then
+                         // Hadamard (native/codec/basis.h)
     int32_t center;      // 1: each channel's mean over the tile is taken out before coding and kept as f16; not together with S
     float   sparsity;    // s of S: share of each vector kept exactly, half at the top, half at the bottom; 0: no S
     float   clip;        // shrink each group's range about its middle to this share before coding, (0, 1]; 1: no clipping
@@ -117,6 +118,7 @@ typedef struct gear_tile_layout {
     int64_t a;             // s8 or 4 bits [r][T]
     int64_t b;             // s8 or 4 bits [r][d]
     int64_t mean;          // f16  [d]
+    int64_t basis;         // u4   [d]                weights of the channels (rotate 2)
     int64_t outlier_value; // f16  [n_vector][n_outlier]
     int64_t outlier_index; // u8   [n_vector][n_outlier]
     int32_t n_lane;        // lanes of the code planes: K: T; V: d rounded up to 32
@@ -135,6 +137,15 @@ GEAR_API gear_status gear_tile_describe(const gear_config * config, gear_side si
 //   written u8 [T]: 1 where the cell has a row; cells with 0 do not influence the others. NULL: all written.
 //   tile    gear_tile_layout.bytes bytes, 64-byte aligned
 GEAR_API gear_status gear_tile_pack(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written, void * tile);
+
+// The weights that rotate = 2 gives to heads such as x f32 [T, d_head], if query_square f64 [d_head] is the mean square of their queries' channels (NULL:
+// not known).   basis u8 [d_head / 2], see native/codec/basis.h
+GEAR_API gear_status gear_basis_choose(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written,
+                                       const double * query_square, uint8_t * basis);
+
+// As gear_tile_pack, in a basis chosen before (rotate 2). gear_tile_pack chooses by the tile alone.
+GEAR_API gear_status gear_tile_pack_in_basis(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written,
+                                             const uint8_t * basis, void * tile);
 
 // X^ = M + D + L with S restored exactly.   x f32 [T, d_head]
 GEAR_API gear_status gear_tile_unpack(const gear_config * config, gear_side side, int32_t d_head, const void * tile, float * x);

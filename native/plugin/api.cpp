@@ -54,6 +54,7 @@ gear_config gear_config_default(void) {
     const gear_side_config side = { 4, 0, 8, 0, 8, 1, 1, 0, 0.0f, 1.0f };
     gear_config            c    = { side, side, 256, 128, 4, 1 };
     c.k.group                   = 32;
+    c.k.rotate                  = 2;
     c.v.center                  = 1;
     return c;
 }

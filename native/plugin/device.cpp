@@ -1,5 +1,6 @@
 #include "plugin/device.h"
 
+#include "codec/basis.h"
 #include "codec/codec.h"
 #include "common/error.h"
 #include "common/memory.h"
@@ -195,6 +196,11 @@ kv_device::kv_device(const gear_device_params & params, const char * wanted, int
     if (abi::ggml().ggml_backend_dev_type(inner_) != abi::device_cpu) {
         if (callback) {
             fail(GEAR_ERROR_UNSUPPORTED, "a codec of the caller's runs on the CPU, not on '%s'; set n_gpu_layers=0", wanted);
+        }
+        if (config_.k.rotate == rotate_weighted || config_.v.rotate == rotate_weighted) { // its kernels know no weights yet
+            fprintf(stderr, "gearcpp: rotate 'auto' is for the CPU; on '%s' channels are coded as they are (rotate False)\n", wanted);
+            config_.k.rotate = config_.k.rotate == rotate_weighted ? rotate_none : config_.k.rotate;
+            config_.v.rotate = config_.v.rotate == rotate_weighted ? rotate_none : config_.v.rotate;
         }
         cuda_      = std::make_unique<cuda_wrapper>(*this, inner_);
         alignment_ = std::max(alignment_, abi::ggml().ggml_backend_buft_get_alignment(abi::ggml().ggml_backend_dev_buffer_type(inner_)));

@@ -14,7 +14,8 @@ namespace gear {
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
 gear_tile_codec::gear_tile_codec(const gear_config & config, gear_side side, int d_head)
-    : layout_(make_layout(config, side, d_head)), seed_(config.seed) {}
+    : layout_(make_layout(config, side, d_head)), seed_(config.seed),
+      bases_(layout_.config.rotate == rotate_weighted ? std::make_unique<head_bases>(layout_) : nullptr) {}
 
 size_t gear_tile_codec::tile_bytes() const {
     return (size_t) layout_.part.bytes;
@@ -24,16 +25,36 @@ size_t gear_tile_codec::scratch_bytes() const {
     return pack_scratch_bytes(layout_);
 }
 
-bool gear_tile_codec::pack(int, int64_t, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const {
-    pack_tile(layout_, seed_, x, written, tile, scratch);
+bool gear_tile_codec::pack(int head, int64_t, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const {
+    pack_tile(layout_, seed_, x, written, tile, scratch, nullptr, bases_ ? bases_->basis(head) : nullptr);
     return true;
 }
 
-bool gear_tile_codec::repack(int, int64_t, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,
+bool gear_tile_codec::wants_to_learn(int head) const {
+    return bases_ && bases_->is_open(head);
+}
+
+void gear_tile_codec::learn(int head, const float * x, const uint8_t * written) const {
+    bases_->decide(head, x, written);
+}
+
+void gear_tile_codec::adopt(int head, const uint8_t * tile) const {
+    if (bases_) {
+        bases_->adopt(head, tile);
+    }
+}
+
+void gear_tile_codec::forget() const {
+    if (bases_) {
+        bases_->forget();
+    }
+}
+
+bool gear_tile_codec::repack(int head, int64_t, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,
                              void * scratch) const {
     const bool      any  = std::find(kept, kept + layout_.n_token, 1) != kept + layout_.n_token;
     const kept_rows rows = { kept, old };
-    pack_tile(layout_, seed_, x, written, tile, scratch, any ? &rows : nullptr);
+    pack_tile(layout_, seed_, x, written, tile, scratch, any ? &rows : nullptr, bases_ ? bases_->basis(head) : nullptr);
     return true;
 }
 
@@ -42,7 +63,7 @@ void gear_tile_codec::unpack(const uint8_t * tile, float * x, void *) const {
 }
 
 uint64_t gear_tile_codec::format() const {
-    static_assert(sizeof(gear_tile_layout) == 14 * 8 + 6 * 4, "a new part of the tile has to be among these numbers");
+    static_assert(sizeof(gear_tile_layout) == 15 * 8 + 6 * 4, "a new part of the tile has to be among these numbers");
     const gear_side_config & c         = layout_.config;
     const gear_tile_layout & part      = layout_.part;
     const int64_t            numbers[] = {
@@ -51,7 +72,12 @@ uint64_t gear_tile_codec::format() const {
         part.sigma,        part.a,        part.b,          part.outlier_value, part.outlier_index, part.n_lane, part.n_depth, part.n_set, part.n_group,
         part.n_vector,     part.n_outlier
     };
-    return checksum_of(numbers, sizeof numbers);
+    const uint64_t sum = checksum_of(numbers, sizeof numbers);
+    if (part.basis < 0) {
+        return sum;
+    }
+    const int64_t with_basis[] = { (int64_t) sum, part.basis }; // apart, so that tiles without one are what they were
+    return checksum_of(with_basis, sizeof with_basis);
 }
 
 bool gear_tile_codec::is_sound(const uint8_t * tile) const {

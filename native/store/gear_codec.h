@@ -1,6 +1,7 @@
 // gear_codec.h - the tile_codecs that the store can be given: GEAR itself, and a caller's method whose reconstruction is kept as f16.
 #pragma once
 
+#include "codec/basis.h"
 #include "codec/codec.h"
 #include "store/store.h"
 
@@ -17,6 +18,12 @@ class gear_tile_codec final : public tile_codec {
     size_t              tile_bytes() const override;
     size_t              scratch_bytes() const override;
     bool                pack(int head, int64_t first_cell, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const override;
+    bool                wants_to_learn(int head) const override;
+    void                learn(int head, const float * x, const uint8_t * written) const override;
+    void                adopt(int head, const uint8_t * tile) const override;
+    void                forget() const override;
+    // Where attention reports the queries of K's heads; nullptr: nothing is learned from them.
+    head_bases *        bases() const { return bases_.get(); }
     bool     repack(int head, int64_t first_cell, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,
                     void * scratch) const override;
     void     unpack(const uint8_t * tile, float * x, void * scratch) const override;
@@ -25,9 +32,16 @@ class gear_tile_codec final : public tile_codec {
     bool     is_sound(const uint8_t * tile) const override; // its outliers lie inside of their vectors
 
   private:
-    tile_layout layout_;
-    uint32_t    seed_;
+    tile_layout                 layout_;
+    uint32_t                    seed_;
+    std::unique_ptr<head_bases> bases_; // with rotate 2
 };
+
+// Where attention reports the queries that a side's heads meet; nullptr where nothing is learned from them.
+inline head_bases * bases_of(const tile_codec * codec) {
+    const auto * gear = dynamic_cast<const gear_tile_codec *>(codec);
+    return gear ? gear->bases() : nullptr;
+}
 
 // Tiles of f16 [T, d]: what the callback returned. Saves no memory; counted_bytes() is what the method says it would take.
 class callback_tile_codec final : public tile_codec {

@@ -143,6 +143,14 @@ struct store::state {
     void retire_victims();
     bool encode(int stream, int64_t tile, int head, const uint8_t * marked, const uint16_t * changed, uint8_t * target) const;
     void mark_packed(int stream, int64_t tile);
+    void teach(int index, int64_t tile, const uint8_t * marked, const uint16_t * changed) const;
+    void load_head(int index, int64_t tile, int head, const uint8_t * marked, const uint16_t * changed, const pack_scratch & parts) const;
+    // The codec goes on as tiles that came from elsewhere begin.
+    void adopt(int index, int64_t tile) const {
+        for (int head = 0; head < shape.n_head; ++head) {
+            codec->adopt(head, packed(index, tile, head));
+        }
+    }
 
     // Writing
     bool              is_covered(const team & t, int64_t n) const;
@@ -273,19 +281,16 @@ void store::state::choose_victims(int index) {
     }
 }
 
-// One head of a tile from its exact rows and what its packed form holds of the others. Sinks are left out: they never leave the pool, and their extreme
-// values would widen the ranges of their neighbours.
+// One head of a tile from its exact rows and what its packed form holds of the others, to parts.x, written and kept. Sinks are left out: they never leave
+// the pool, and their extreme values would widen the ranges of their neighbours.
 //   marked u8 [n_token], changed f16 [n_token, n_embd]: rows that take the place of the present ones (nullptr: none)
-bool store::state::encode(int index, int64_t tile, int head, const uint8_t * marked, const uint16_t * changed, uint8_t * target) const {
+void store::state::load_head(int index, int64_t tile, int head, const uint8_t * marked, const uint16_t * changed, const pack_scratch & parts) const {
     const stream_state & stream  = streams[index];
-    const pack_scratch   parts   = scratch();
     const int            d_head  = shape.d_head;
     const int64_t        first   = first_cell(tile);
     const int            n_valid = n_token(tile);
-    const bool           has_old = stream.tiles[tile].n_packed > 0;
-    const uint8_t *      old     = packed(index, tile, head);
-    if (has_old) {
-        codec->unpack(old, parts.x, parts.codec);
+    if (stream.tiles[tile].n_packed > 0) {
+        codec->unpack(packed(index, tile, head), parts.x, parts.codec);
     }
     for (int token = 0; token < shape.tile; ++token) {
         const int64_t cell   = first + token;
@@ -302,9 +307,27 @@ bool store::state::encode(int index, int64_t tile, int head, const uint8_t * mar
             parts.kept[token] = 1;
         }
     }
-    const int64_t global = index * shape.n_cell + first;
+}
+
+bool store::state::encode(int index, int64_t tile, int head, const uint8_t * marked, const uint16_t * changed, uint8_t * target) const {
+    const pack_scratch parts   = scratch();
+    const bool         has_old = streams[index].tiles[tile].n_packed > 0;
+    const uint8_t *    old     = packed(index, tile, head);
+    load_head(index, tile, head, marked, changed, parts);
+    const int64_t global = index * shape.n_cell + first_cell(tile);
     return has_old ? codec->repack(head, global, parts.x, parts.written, parts.kept, old, target, parts.codec)
                    : codec->pack(head, global, parts.x, parts.written, target, parts.codec);
+}
+
+// Before the first tile is packed, one thread shows it to the codec: what it learns then does not depend on the number of threads.
+void store::state::teach(int index, int64_t tile, const uint8_t * marked, const uint16_t * changed) const {
+    for (int head = 0; head < shape.n_head; ++head) {
+        if (codec->wants_to_learn(head)) {
+            const pack_scratch parts = scratch();
+            load_head(index, tile, head, marked, changed, parts);
+            codec->learn(head, parts.x, parts.written);
+        }
+    }
 }
 
 void store::state::mark_packed(int index, int64_t tile) {
@@ -351,7 +374,12 @@ template <class Plan, class Commit> bool store::state::together(const team & t, 
     if (t.ith == 0) {
         failed = false;
         victims.clear();
-        attempt(plan);
+        attempt([&] {
+            plan();
+            if (!victims.empty()) {
+                teach(victims[0].stream, victims[0].tile, nullptr, nullptr);
+            }
+        });
         if (failed) {
             victims.clear();
         } else if (victims.empty()) {
@@ -555,6 +583,7 @@ void store::state::rewrite_tile(int index, int64_t tile, const uint8_t * marked,
     if (is_stale) {
         aligned_buffer fresh;
         uint8_t *      heads = fresh.reserve(shape.n_head * tile_bytes());
+        teach(index, tile, marked, rows.data());
         for (int head = 0; head < shape.n_head; ++head) {
             if (!encode(index, tile, head, marked, rows.data(), heads + head * tile_bytes())) {
                 fail(GEAR_ERROR_CALLBACK, "layer %d %s: the codec failed on head %d of the tile at cell %lld of stream %d while its rows were changed",
@@ -713,6 +742,9 @@ void store::clear() {
         stream.reset(s.shape.tile, s.shape.n_cell, s.n_row);
     }
     s.tiles.discard();
+    if (s.codec) {
+        s.codec->forget();
+    }
     s.is_empty = true;
 }
 
@@ -746,6 +778,7 @@ void store::copy_stream(int from, const store & source, int to) {
     for (int tile = 0; tile < s.n_tile; ++tile) {
         if (origin.tiles[tile].n_in_tile > 0) {
             memcpy(s.packed(to, tile, 0), o.packed(from, tile, 0), a.n_head * s.tile_bytes());
+            s.adopt(to, tile);
         }
     }
     s.is_empty      = false;
@@ -794,6 +827,7 @@ void store::put_tile(int index, int tile, const uint8_t * in_tile, const uint8_t
         fail(GEAR_ERROR_INTERNAL, "layer %d %s: tile %d of stream %d cannot be put back", s.shape.il, side_name[s.shape.side], tile, index);
     }
     memcpy(s.packed(index, tile, 0), heads, s.shape.n_head * s.tile_bytes());
+    s.adopt(index, tile);
     for (int token = 0; token < s.n_token(tile); ++token) {
         stream.set_in_tile(s.first_cell(tile) + token, in_tile[token] != 0);
     }

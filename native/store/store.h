@@ -44,6 +44,15 @@ class tile_codec {
         (void) kept, (void) old;
         return pack(head, first_cell, x, written, tile, scratch);
     }
+    // A codec may fit itself to a store: learn() sees a tile before the first one is packed, adopt() a packed one that comes from elsewhere; forget() is
+    // an emptied store. One thread calls them while nothing packs.
+    virtual bool wants_to_learn(int head) const {
+        (void) head;
+        return false;
+    }
+    virtual void     learn(int head, const float * x, const uint8_t * written) const { (void) head, (void) x, (void) written; }
+    virtual void     adopt(int head, const uint8_t * tile) const { (void) head, (void) tile; }
+    virtual void     forget() const {}
     // What tells tiles that this codec can unpack from others: a session is refused unless it agrees.
     virtual uint64_t format() const { return 0; }
     // Whether a tile that comes from outside can be read without reading past it, whatever its numbers are.

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -202,10 +203,10 @@ struct op {
 
     size_t out_size() const { return (size_t) r.n_stream * r.n_query * c.s.n_head() * c.s.d_v; }
 
-    std::vector<float> run(const char * level, int n_threads, float rounding = 0) const {
+    std::vector<float> run(const char * level, int n_threads, float rounding = 0, head_bases * bases = nullptr) const {
         CHECK(gear_simd_select(level) == GEAR_OK);
         std::vector<float> out(out_size(), NAN);
-        attention_op       attend = { params, c.k.rows.get(), c.v.rows.get(), c.k.layout(), c.v.layout(), rounding };
+        attention_op       attend = { params, c.k.rows.get(), c.v.rows.get(), c.k.layout(), c.v.layout(), rounding, bases };
         attend.params.out         = out.data();
         const size_t         n    = attention_scratch_bytes(attend, n_threads);
         std::vector<uint8_t> memory(n + 64, 0xee);
@@ -511,6 +512,58 @@ void test_parts_of_the_codec() {
     }
 }
 
+// Tiles of one head that are coded in different bases, as after a restore of foreign tiles: forget() has each one chosen anew.
+void test_bases() {
+    gear_config config = config_of(4, 4);
+    config.k.rotate = config.v.rotate = 2;
+    config.v.center                   = 1;
+    cache c(config, {});
+    for (int first = 0; first < c.s.n_cell; first += config.tile) {
+        std::vector<int64_t> cells(config.tile);
+        std::iota(cells.begin(), cells.end(), first);
+        c.k.gear->forget();
+        c.v.gear->forget();
+        c.write(cells);
+        c.k.flush();
+        c.v.flush();
+    }
+    const tile_view first = c.k.rows->view(0, 0), second = c.k.rows->view(0, 1);
+    const int64_t   basis = c.k.layout()->part.basis;
+    CHECK(memcmp(first.packed + basis, second.packed + basis, basis_bytes(c.s.d_k)) != 0);
+    c.k.write({ 5, 200 });
+    for (int n_query : { 1, 11 }) {
+        request r;
+        r.n_query = n_query;
+        compare("bases that differ", c, r);
+    }
+}
+
+// K's basis comes from the queries that were there before the first tile was packed, whatever the number of threads.
+void test_queries_choose_the_basis() {
+    gear_config config = config_of(4, 4);
+    config.k.rotate    = 2;
+    std::vector<uint8_t> chosen[3];
+    for (int n_threads = 0; n_threads < 3; ++n_threads) { // 0: no query at all
+        random_source().seed(7);
+        cache                c(config, {});
+        std::vector<int64_t> cells(config.tile);
+        std::iota(cells.begin(), cells.end(), 0);
+        c.write(cells);
+        request r;
+        r.n_query = 30;
+        r.written = r.n_kv = config.tile;
+        op seen(c, r);
+        if (n_threads > 0) {
+            seen.run("scalar", n_threads, 0, c.k.gear->bases());
+        }
+        c.k.flush();
+        const uint8_t * tile = c.k.rows->view(0, 0).packed + c.k.layout()->part.basis;
+        chosen[n_threads].assign(tile, tile + basis_bytes(c.s.d_k));
+    }
+    CHECK(chosen[1] == chosen[2]);
+    CHECK(chosen[0] != chosen[1]);
+}
+
 void test_exact_sides() {
     for (int d : { 20, 40, 64, 100, 320 }) { // a side kept as f16 takes any head size
         shape s;
@@ -664,7 +717,7 @@ gear_side_config random_side(int tile, bool is_k) {
     side.rank             = one_of({ 0, 0, 1, 2, 16 });
     side.factor_bits      = one_of({ 4, 8 });
     side.rounds           = one_of({ 1, 2 });
-    side.rotate           = whole(0, 1);
+    side.rotate           = whole(0, 2);
     side.sparsity         = one_of({ 0.0f, 0.0f, 0.02f, 0.25f });
     side.center           = side.sparsity > 0 ? 0 : whole(0, 1);
     side.clip             = one_of({ 1.0f, 0.9f });
@@ -731,6 +784,8 @@ int main() {
     test_logits();
     test_streams_and_mask_broadcast();
     test_parts_of_the_codec();
+    test_bases();
+    test_queries_choose_the_basis();
     test_exact_sides();
     test_callback();
     test_extreme_queries();

@@ -2,6 +2,7 @@
 // break it. Every property is checked on every kernel level of this machine; test_codec_levels.cpp holds the levels against each other.
 
 #include "check.h"
+#include "codec/basis.h"
 #include "codec_tiles.h"
 
 #include <algorithm>
@@ -202,10 +203,66 @@ static void test_rotation() {
     CHECK(signal_to_noise(x, with.unpack(with.pack(x))) > signal_to_noise(x, without.unpack(without.pack(x))) + 3);
 }
 
+// Mean square of the error that packing makes of q.k, the queries being normal numbers whose channel c has variance square[c].
+static double score_error(const tile_case & c, const numbers & x, const numbers & xhat, const std::vector<double> & square) {
+    double sum = 0;
+    for (int i = 0; i < c.size(); ++i) {
+        sum += square[i % c.d()] * (x[i] - xhat[i]) * (x[i] - xhat[i]) / c.T();
+    }
+    return sum;
+}
+
+// Weights are sqrt(q / s) about their median; scores then err less than without a rotation and less than with Hadamard's alone.
+static void test_weights() {
+    gear_config weighted = plain_config(4, 8), plain = weighted, hadamard = weighted;
+    weighted.k.rotate     = 2;
+    hadamard.k.rotate     = 1;
+    constexpr int       d = 64;
+    const tile_case     c(weighted, GEAR_SIDE_K, d), without(plain, GEAR_SIDE_K, d), with(hadamard, GEAR_SIDE_K, d);
+    numbers             x = gaussian(c.size(), check::seed());
+    std::vector<double> square(d);
+    for (int i = 0; i < d; ++i) { // keys that stray by 1 to 16, and queries by 1 to 8 on other channels
+        square[i] = std::pow(4.0, i / 8 % 4);
+        for (int t = 0; t < c.T(); ++t) {
+            x[t * d + i] = x[t * d + i] * std::ldexp(1.0f, i % 5) + 100.0f * (float) (i % 3);
+        }
+    }
+    uint8_t basis[d / 2];
+    CHECK(gear_basis_choose(&weighted, GEAR_SIDE_K, d, x.data(), nullptr, square.data(), basis) == GEAR_OK);
+    float w[d];
+    load_weights(basis, d, w);
+    for (int i = 0; i < d; ++i) { // q / s is a power of two, and so is its median
+        CHECK_NEAR(std::log2(w[i] * w[i] / (w[0] * w[0])), i / 8 % 4 - i % 5, 1.01);
+    }
+    bytes tile(c.layout.part.bytes);
+    CHECK(gear_tile_pack_in_basis(&weighted, GEAR_SIDE_K, d, x.data(), nullptr, basis, tile.data()) == GEAR_OK);
+    const double error = score_error(c, x, c.unpack(tile), square);
+    const double best  = std::min(score_error(c, x, without.unpack(without.pack(x)), square), score_error(c, x, with.unpack(with.pack(x)), square));
+    CHECK(error < 0.8 * best);
+
+    // Without queries each channel errs by its own size: as without a rotation, where Hadamard's alone would drown the small ones.
+    const numbers alone    = c.unpack(c.pack(x));
+    double        share[2] = {};
+    for (int i = 0; i < c.size(); ++i) {
+        share[i % d % 5 != 0] += (x[i] - alone[i]) * (x[i] - alone[i]) * std::ldexp(1.0, -2 * (i % d % 5));
+    }
+    CHECK_NEAR(share[1] / share[0] / 4, 1, 0.4); // 4 of 5 channels
+
+    // All channels alike: no weights but 1, and the tile of a Hadamard rotation.
+    const numbers normal = gaussian(c.size(), check::seed() + 1);
+    const bytes   one = c.pack(normal), other = with.pack(normal);
+    CHECK(std::all_of(one.begin() + c.layout.part.basis, one.begin() + c.layout.part.basis + d / 2, [](uint8_t both) { return both == 0x88; }));
+    CHECK(memcmp(one.data(), other.data(), c.layout.part.basis) == 0);
+
+    CHECK(gear_tile_pack_in_basis(&plain, GEAR_SIDE_K, d, x.data(), nullptr, basis, tile.data()) == GEAR_ERROR_INVALID);
+    CHECK(gear_tile_pack_in_basis(&weighted, GEAR_SIDE_K, d, x.data(), nullptr, nullptr, tile.data()) == GEAR_ERROR_INVALID);
+    CHECK(gear_basis_choose(&weighted, GEAR_SIDE_K, d, x.data(), nullptr, nullptr, nullptr) == GEAR_ERROR_INVALID);
+}
+
 // Channels that lie far apart cost V's tokens nothing once their means are taken out, and of every channel the mean over the tile comes back to f16.
 static void test_means() {
     for_each_side([&](gear_side side) {
-        for (const int rotate : { 0, 1 }) {
+        for (const int rotate : { 0, 1, 2 }) {
             gear_config plain = plain_config(3, 8), centered = plain;
             centered.k.center = centered.v.center = 1;
             plain.k.rotate = plain.v.rotate = centered.k.rotate = centered.v.rotate = rotate;
@@ -505,7 +562,7 @@ static void test_kept_rows_stay() {
             for (const int variant : { 0, 1, 2, 3 }) {
                 for_each_side([&](gear_side side) {
                     gear_config config = plain_config(bits, scale_bits);
-                    config.k.rotate = config.v.rotate = variant & 1;
+                    config.k.rotate = config.v.rotate = variant & 1 ? 1 + (variant >> 1 & 1) : 0;
                     config.k.center = config.v.center = variant >> 1;
                     const tile_case            c(config, side, 80);
                     const numbers              x   = cache_like(c, ++seed), nothing(c.size(), NAN);
@@ -739,7 +796,7 @@ static void test_bad_configs() {
         { "rank_k must be", [](gear_config & c) { c.k.rank             = 17; } },
         { "rank_v must be", [](gear_config & c) { c.v.rank             = -1; } },
         { "rounds must be", [](gear_config & c) { c.k.rounds           = 0; } },
-        { "rotate_v must be", [](gear_config & c) { c.v.rotate         = 2; } },
+        { "rotate_v must be", [](gear_config & c) { c.v.rotate         = 3; } },
         { "center_k must be", [](gear_config & c) { c.k.center         = 3; } },
         { "center_v must be 0 where there are outliers",
           [](gear_config & c) {
@@ -810,7 +867,7 @@ static void test_extreme_values() {
         k.rank                    = one_of(random, { 0, 0, 1, 4, 16 });
         k.factor_bits             = one_of(random, { 4, 8 });
         k.rounds                  = one_of(random, { 1, 3 });
-        k.rotate                  = one_of(random, { 0, 1 });
+        k.rotate                  = one_of(random, { 0, 1, 2 });
         k.sparsity                = one_of(random, { 0.0f, 0.02f, 0.25f });
         k.center                  = k.sparsity > 0 ? 0 : one_of(random, { 0, 1 });
         k.clip                    = one_of(random, { 1.0f, 0.5f });
@@ -843,6 +900,7 @@ int main() {
         test_fixed_point();
         test_ranges_cover();
         test_rotation();
+        test_weights();
         test_means();
         test_clip();
         test_exact_rank();

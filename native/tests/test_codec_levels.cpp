@@ -12,7 +12,7 @@ static gear_config random_config(std::mt19937 & random) {
     config.k.rank        = one_of(random, { 0, 0, 1, 3, 4, 8 });
     config.k.factor_bits = one_of(random, { 4, 8 });
     config.k.rounds      = one_of(random, { 1, 1, 2 });
-    config.k.rotate      = one_of(random, { 0, 0, 1 });
+    config.k.rotate      = one_of(random, { 0, 1, 2 });
     config.k.sparsity    = one_of(random, { 0.0f, 0.0f, 0.03f });
     config.k.center      = config.k.sparsity > 0 ? 0 : one_of(random, { 0, 1 });
     config.k.clip        = one_of(random, { 1.0f, 1.0f, 0.8f });

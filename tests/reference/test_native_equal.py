@@ -64,8 +64,8 @@ def random_config(random: np.random.Generator) -> GearConfig:
         rank_v=pick(0, 0, 2, 3),
         factor_bits=pick(4, 8),
         rounds=pick(1, 2, 3),
-        rotate_k=pick(False, True),
-        rotate_v=pick(False, True),
+        rotate_k=pick(False, True, "auto"),
+        rotate_v=pick(False, True, "auto"),
         center_k=sparsity == 0 and pick(False, True),
         center_v=sparsity == 0 and pick(False, True),
         sparsity=sparsity,
@@ -232,7 +232,10 @@ def test_cells_never_written_have_no_say(rng):
 
 def test_bytes_by_hand():
     # K, 4 bits, groups of 32 of 256 tokens, 8-bit scales: codes, 2 bytes a group, f16 extremes of 64 channels.
-    assert tile_bytes(side_config(GearConfig(), "k", 64)) == 256 * 64 // 2 + 2 * 8 * 64 + 2 * 2 * 64
+    plain = 256 * 64 // 2 + 2 * 8 * 64 + 2 * 2 * 64
+    assert tile_bytes(side_config(GearConfig(rotate_k=True), "k", 64)) == plain
+    # The weights of the channels, 4 bits each, fill up to 64 bytes.
+    assert tile_bytes(side_config(GearConfig(), "k", 64)) == plain + 64
     # V, one group a token: codes, 2 bytes a token, one pair of extremes, each part filled up to 16 bytes, f16 means; the whole to 64.
     assert tile_bytes(side_config(GearConfig(), "v", 64)) == 256 * 64 // 2 + 2 * 256 + 2 * 16 + 2 * 64 + 32
     # The paper's 2 bits: f16 scales, r = 4 in 8 bits with f32 sigmas, S: round(0.01 * 256) = 3 at either end of 64 channels.

@@ -2,7 +2,8 @@
 
     X ~ D + L + S        S = Filter_s(X)      D = Quant_b(X - S)      R = X - D - S      L = A B^T = PowerIteration_r(R)
 
-and, with ``center``, X ~ M + D + L: M is the mean of each channel over the tile, and X - M takes the place of X.
+and, with ``center``, X ~ M + D + L: M is the mean of each channel over the tile, and X - M takes the place of X. With rotate "auto", H (w o x) takes the
+place of each row x (native/codec/basis.h).
 
 The native code is compared with this: codes, scales, zeros, factors and outliers are equal to what it stores (native/codec/tile.h), because every step is
 float32, rounds in the same places and adds up in the same order. Where it differs from GEAR as published (`gearcpp.reference.methods.gear`): T tokens of
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import GearConfig, check_config
+from ...config import GearConfig, Rotation, check_config
 from ...errors import ConfigError, UnsupportedError
 from .gear import outliers_per_side
 from .tensors import Coded, as_tile, hadamard, side_axis
@@ -42,7 +43,7 @@ class SideConfig(NamedTuple):
     rank: int
     factor_bits: int
     rounds: int
-    rotate: bool
+    rotate: Rotation
     center: bool
     clip: float
     n_outlier: int  # of each vector, both ends together
@@ -68,7 +69,8 @@ class Parts(NamedTuple):
     """The parts of a packed tile, as ``gearcpp._native.tile_parts`` gives them.
 
     codes [..., T, d]; scale and zero [..., n_group]; a [..., T, r] with sigma in it; b [..., d, r]; mean [..., d], zeros without ``center``;
-    outlier_value and outlier_index [..., n_vector, n_outlier], vectors being the channels of K and the tokens of V.
+    outlier_value and outlier_index [..., n_vector, n_outlier], vectors being the channels of K and the tokens of V; basis u8 [..., d / 2] with rotate
+    "auto", else [..., 0].
     """
 
     codes: Tensor
@@ -79,6 +81,7 @@ class Parts(NamedTuple):
     mean: Tensor
     outlier_value: Tensor
     outlier_index: Tensor
+    basis: Tensor
 
 
 def side_config(config: GearConfig, side: str, d_head: int) -> SideConfig:
@@ -106,7 +109,7 @@ def side_config(config: GearConfig, side: str, d_head: int) -> SideConfig:
         rank=getattr(config, f"rank_{side}"),
         factor_bits=config.factor_bits,
         rounds=config.rounds,
-        rotate=bool(getattr(config, f"rotate_{side}")),
+        rotate=getattr(config, f"rotate_{side}"),
         center=bool(getattr(config, f"center_{side}")),
         clip=getattr(config, f"clip_{side}"),
         n_outlier=2 * outliers_per_side(config.sparsity, length),
@@ -125,8 +128,9 @@ def tile_bytes(side: SideConfig) -> int:
     extremes = [2 * n_set] * 2 if side.scale_bits == 8 else []
     factors = [4 * side.rank, side.rank * n_token * side.factor_bits // 8, side.rank * d * side.factor_bits // 8]
     means = [2 * d] if side.center else []
+    weights = [d // 2] if side.rotate == "auto" else []
     outliers = [2 * n_vector * side.n_outlier, n_vector * side.n_outlier]
-    return _aligned(sum(_aligned(part, PART_ALIGN) for part in planes + scales + extremes + factors + means + outliers), TILE_ALIGN)
+    return _aligned(sum(_aligned(part, PART_ALIGN) for part in planes + scales + extremes + factors + means + weights + outliers), TILE_ALIGN)
 
 
 def native_gear(x: Tensor, side: str, config: GearConfig, written: Tensor | None = None) -> Coded:
@@ -142,11 +146,19 @@ def native_gear(x: Tensor, side: str, config: GearConfig, written: Tensor | None
     return Coded(unpack(parts, settings), tile_bytes(settings) * math.prod(x.shape[:-2]))
 
 
-def pack(x: Tensor, side: SideConfig, written: Tensor | None = None) -> Parts:
-    """X [..., T, d] in parts; see `native_gear`."""
+def pack(x: Tensor, side: SideConfig, written: Tensor | None = None, query_square: Tensor | None = None) -> Parts:
+    """X [..., T, d] in parts; see `native_gear`.
+
+    Args:
+        query_square: f64 [..., d], the mean square of each channel of the queries, by which rotate "auto" weighs it; None: not known.
+    """
     if x.shape[-2:] != (side.n_token, side.d_head):
         raise ConfigError(f"x must be [..., {side.n_token}, {side.d_head}], not {list(x.shape)}")
     x = as_tile(x).clamp(-HALF_MAX, HALF_MAX)
+    basis = torch.zeros(*x.shape[:-2], 0, dtype=torch.uint8)
+    if side.rotate == "auto":
+        basis = choose_basis(x, side, written, query_square)
+        x = x * _weights(basis).unsqueeze(-2)
     if side.rotate:
         x = hadamard(x).clamp(-HALF_MAX, HALF_MAX)
     if written is not None:
@@ -170,6 +182,7 @@ def pack(x: Tensor, side: SideConfig, written: Tensor | None = None) -> Parts:
         mean=mean,
         outlier_value=value,
         outlier_index=index,
+        basis=basis,
     )
 
 
@@ -184,7 +197,44 @@ def unpack(parts: Parts, side: SideConfig) -> Tensor:
         x = vectors.transpose(-1, -2) if side.is_k else vectors
     x = x + parts.mean.unsqueeze(-2)
     x = hadamard(x) if side.rotate else x
+    x = x / _weights(parts.basis).unsqueeze(-2) if side.rotate == "auto" else x
     return x.clamp(-HALF_MAX, HALF_MAX).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+# w, the weights of the channels
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def choose_basis(x: Tensor, side: SideConfig, written: Tensor | None = None, query_square: Tensor | None = None) -> Tensor:
+    """Exponents e of w = 2^((e - 8) / 2) ~ sqrt(q / s) about the median of q / s, two to a byte: u8 [..., d / 2].
+
+    s^2 [..., d] is the mean square of what the rows x [..., T, d] of a group lie off their mean, q^2 = query_square (1 / s^2 where it is not known).
+    """
+    rows = x.double()
+    counts = torch.ones(side.n_token, dtype=torch.float64) if written is None else written.double()
+    length = side.group if side.is_k else side.n_token
+    groups = (rows * counts.unsqueeze(-1)).unflatten(-2, (-1, length))  # [..., n, length, d]
+    n = counts.unflatten(0, (-1, length)).sum(-1).unsqueeze(-1)  # [n, 1]
+    power = groups.square().sum(-2) - groups.sum(-2).square() / n.clamp_min(1)
+    s2 = _lifted(power.clamp_min(0).sum(-2) / n.sum().clamp_min(1))
+    q2 = _lifted(1 / s2 if query_square is None else query_square.double())
+    ratio = 0.5 * (q2 / s2).log2()
+    median = ratio.sort(-1).values[..., side.d_head // 2].unsqueeze(-1)
+    exponent = (8 + (ratio - median).round()).clamp(0, 15).to(torch.uint8)
+    low, high = exponent.chunk(2, dim=-1)
+    return low | high << 4
+
+
+def _lifted(square: Tensor) -> Tensor:
+    return torch.maximum(square, square.amax(-1, keepdim=True) * 1e-9 + 1e-30)
+
+
+def _weights(basis: Tensor) -> Tensor:
+    """w [..., d] of basis [..., d / 2]."""
+    exponent = torch.cat([basis & 15, basis >> 4], dim=-1).int() - 8
+    root = torch.where(exponent % 2 == 0, 1.0, 2**0.5).float()
+    return torch.ldexp(root, torch.div(exponent, 2, rounding_mode="floor"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,131 @@
+#include "codec/basis.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace gear {
+
+namespace {
+
+constexpr int middle_exponent = 8, highest_exponent = 15;
+
+constexpr float weight_of[16] = {
+    0x1p-4f, 0x1.6a09e6p-4f, 0x1p-3f, 0x1.6a09e6p-3f, 0x1p-2f, 0x1.6a09e6p-2f, 0x1p-1f, 0x1.6a09e6p-1f,
+    0x1p0f,  0x1.6a09e6p0f,  0x1p1f,  0x1.6a09e6p1f,  0x1p2f,  0x1.6a09e6p2f,  0x1p3f,  0x1.6a09e6p3f,
+};
+
+// s_c^2: the mean square of what the written rows of a group lie off their mean. K's groups are of tokens; V's are not, and the tile is taken as one.
+void spreads(const tile_layout & layout, const float * x, const uint8_t * written, double * square) {
+    const int T = layout.n_token, d = layout.d_head, length = layout.side == GEAR_SIDE_K ? layout.group : T;
+    int64_t   n_all = 0;
+    std::fill(square, square + d, 0.0);
+    for (int first = 0; first < T; first += length) {
+        int64_t n               = 0;
+        double  sum[max_d_head] = {}, power[max_d_head] = {};
+        for (int t = first; t < first + length; ++t) {
+            if (written && !written[t]) {
+                continue;
+            }
+            ++n;
+            for (int c = 0; c < d; ++c) {
+                const double value = x[(int64_t) t * d + c];
+                const double sound = std::isfinite(value) ? value : 0.0;
+                sum[c] += sound;
+                power[c] += sound * sound;
+            }
+        }
+        for (int c = 0; c < d && n > 0; ++c) {
+            square[c] += std::max(power[c] - sum[c] * sum[c] / (double) n, 0.0);
+        }
+        n_all += n;
+    }
+    for (int c = 0; c < d && n_all > 0; ++c) {
+        square[c] /= (double) n_all;
+    }
+}
+
+// Nothing is so small beside the largest that it decides alone.
+void lift(int d, double * square) {
+    const double least = *std::max_element(square, square + d) * 1e-9 + 1e-30;
+    for (int c = 0; c < d; ++c) {
+        square[c] = std::max(square[c], least);
+    }
+}
+
+} // namespace
+
+void load_weights(const uint8_t * basis, int d, float * w) {
+    for (int c = 0; c < d / 2; ++c) {
+        w[c]         = weight_of[basis[c] & 15];
+        w[c + d / 2] = weight_of[basis[c] >> 4];
+    }
+}
+
+void choose_basis(const tile_layout & layout, const float * x, const uint8_t * written, const double * query_square, uint8_t * basis) {
+    const int d              = layout.d_head;
+    double    s2[max_d_head] = {}, q2[max_d_head] = {}, ratio[max_d_head], sorted[max_d_head]; // ratio: log2(q / s)
+    spreads(layout, x, written, s2);
+    lift(d, s2);
+    for (int c = 0; c < d; ++c) {
+        q2[c] = query_square ? query_square[c] : 1 / s2[c];
+    }
+    lift(d, q2);
+    for (int c = 0; c < d; ++c) {
+        sorted[c] = ratio[c] = 0.5 * std::log2(q2[c] / s2[c]);
+    }
+    std::sort(sorted, sorted + d);
+    std::fill(basis, basis + basis_bytes(d), 0);
+    for (int c = 0; c < d; ++c) { // w = sqrt(q / s), about the median
+        const double exponent = middle_exponent + std::nearbyint(ratio[c] - sorted[d / 2]);
+        const int    e        = (int) std::min(std::max(exponent, 0.0), (double) highest_exponent);
+        basis[c % (d / 2)] |= (uint8_t) (c < d / 2 ? e : e << 4);
+    }
+}
+
+void head_bases::reserve(int n_head) {
+    if (n_head > (int) heads_.size()) {
+        heads_.resize(n_head);
+    }
+    for (head_state & head : heads_) {
+        head.square.resize(layout_.d_head);
+    }
+}
+
+void head_bases::observe(int head, const float * q, int64_t n, int64_t stride) {
+    if (!is_open(head)) {
+        return;
+    }
+    head_state & state = heads_[head];
+    for (int64_t i = 0; i < n; ++i) {
+        const float * row = reinterpret_cast<const float *>(reinterpret_cast<uintptr_t>(q) + i * stride);
+        for (int c = 0; c < layout_.d_head; ++c) {
+            const double square = (double) row[c] * row[c];
+            state.square[c] += std::isfinite(square) ? square : 0.0;
+        }
+    }
+    state.n += n;
+}
+
+void head_bases::decide(int head, const float * x, const uint8_t * written) {
+    reserve(head + 1);
+    head_state & state = heads_[head];
+    if (!state.basis.empty()) {
+        return;
+    }
+    std::vector<double> mean = state.square;
+    for (double & square : mean) {
+        square /= std::max<double>(1, (double) state.n);
+    }
+    const bool is_known = *std::max_element(mean.begin(), mean.end()) > 0;
+    state.basis.resize(basis_bytes(layout_.d_head));
+    choose_basis(layout_, x, written, is_known ? mean.data() : nullptr, state.basis.data());
+}
+
+void head_bases::adopt(int head, const uint8_t * tile) {
+    reserve(head + 1);
+    if (heads_[head].basis.empty()) {
+        heads_[head].basis.assign(tile + layout_.part.basis, tile + layout_.part.basis + basis_bytes(layout_.d_head));
+    }
+}
+
+} // namespace gear

@@ -1,0 +1,62 @@
+// basis.h - the basis that the rows of a head are coded in when the configuration says rotate = 2 (Python: rotate_k="auto").
+//
+// A row x is coded as   y = H (w o x)   and a query meets it as   q.x = (H (q / w)).y   with H the Hadamard transform and one weight w_c a channel.
+//
+// Why these weights. All groups of y get steps of about one size, so the error of y is white, of variance proportional to mean_c (w_c s_c)^2, where s_c is
+// how far channel c strays within a group. It costs a score mean_c (q_c / w_c)^2 of that. The product of the two is least where w_c^2 = q_c / s_c, and is
+// then (mean_c q_c s_c)^2, which is never more than what no rotation pays, mean_c (q_c s_c)^2, nor than what H alone pays, mean_c q_c^2 mean_c s_c^2.
+//
+// Both are looked up once: q_c^2 is the mean square of the queries that a KV head has met until its first tile is packed, s_c^2 comes from that tile.
+// Where no query was seen, q_c = 1 / s_c is taken: each channel then keeps the relative error that it has without a rotation.
+//
+// A tile carries its basis (tile.h), so that nothing else has to be kept with it; the tiles of a head share one, and attention turns a query once.
+#pragma once
+
+#include "codec/tile.h"
+
+#include <vector>
+
+namespace gear {
+
+constexpr int rotate_none = 0, rotate_hadamard = 1, rotate_weighted = 2; // gear_side_config.rotate
+
+// Bytes of the weights of a head of d channels.
+constexpr int basis_bytes(int d) {
+    return d / 2;
+}
+
+// w f32 [d] as the 4-bit exponents say: w_c = 2^((e_c - 8) / 2).   basis u8 [d / 2]: e of channel c in byte c % (d / 2), in the high half if c >= d / 2
+void load_weights(const uint8_t * basis, int d, float * w);
+
+// The weights for rows such as x f32 [T, d], of which written u8 [T] (nullptr: all) count.   query_square f64 [d]: mean of q_c^2, nullptr: not known
+void choose_basis(const tile_layout & layout, const float * x, const uint8_t * written, const double * query_square, uint8_t * basis);
+
+// What a store's heads are coded in, and what is learned until that is decided. Different heads may be used by different threads at once.
+class head_bases {
+  public:
+    explicit head_bases(const tile_layout & layout) : layout_(layout) {}
+
+    void reserve(int n_head); // before threads share it
+    bool is_open(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty(); }
+
+    // Queries that head `head` meets: q f32 [n, d], rows `stride` bytes apart. Nothing, once the basis is decided.
+    void observe(int head, const float * q, int64_t n, int64_t stride);
+    // Decide by the first tile to be packed. Nothing, once the basis is decided.
+    void decide(int head, const float * x, const uint8_t * written);
+    // Take over the basis of a packed tile that comes from elsewhere, if none is decided.
+    void adopt(int head, const uint8_t * tile);
+    void forget() { heads_.clear(); }
+
+    const uint8_t * basis(int head) const { return is_open(head) ? nullptr : heads_[head].basis.data(); }
+
+  private:
+    struct head_state {
+        std::vector<double>  square; // [d] sum of q_c^2
+        int64_t              n = 0;
+        std::vector<uint8_t> basis; // [d / 2], empty: open
+    };
+    tile_layout             layout_;
+    std::vector<head_state> heads_;
+};
+
+} // namespace gear

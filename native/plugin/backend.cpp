@@ -146,7 +146,7 @@ void run_attention(abi::tensor *, int ith, int nth, void * userdata) {
 }
 
 attention_op make_attention(const abi::tensor * node, const cache_tensor & k, const cache_tensor & v) {
-    return { attention_params(node, k.row_bytes() * k.n_cell), k.rows.get(), v.rows.get(), k.layout, v.layout };
+    return { attention_params(node, k.row_bytes() * k.n_cell), k.rows.get(), v.rows.get(), k.codec.layout, v.codec.layout };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -93,10 +93,10 @@ struct cuda_tensor final : session_tensor {
     observed_use  use;
     cuda_buffer * home = nullptr;
 
-    std::unique_ptr<address_range>         space; // of a GEAR tensor: addresses that nothing may touch
-    std::unique_ptr<cuda::device_block>    plain; // of one that stays f16
-    std::shared_ptr<const gear_tile_codec> codec;
-    std::unique_ptr<cuda::cache_side>      rows; // of a GEAR tensor, once a layer is computed
+    std::unique_ptr<address_range>      space; // of a GEAR tensor: addresses that nothing may touch
+    std::unique_ptr<cuda::device_block> plain; // of one that stays f16
+    side_codec                          codec;
+    std::unique_ptr<cuda::cache_side>   rows; // of a GEAR tensor, once a layer is computed
 };
 
 } // namespace
@@ -243,24 +243,20 @@ void cuda_buffer::settle(cuda_tensor & tensor) {
 }
 
 void cuda_buffer::settle_one(cuda_tensor & tensor) {
-    const kv_device &        device = wrapper_.device();
-    const store_shape        shape  = shape_of(tensor);
-    const gear_side_config & coding = tensor.side == GEAR_SIDE_K ? device.config().k : device.config().v;
-    if (coding.bits < 16) {
-        tensor.codec = std::make_shared<gear_tile_codec>(device.config(), tensor.side, shape.d_head);
-    }
-    const auto fits = [&](const std::shared_ptr<cuda::cache_table> & table) {
+    const cache_method & method = wrapper_.device().method();
+    const store_shape    shape  = shape_of(tensor);
+    tensor.codec                = method.codec(shape);
+    const auto fits             = [&](const std::shared_ptr<cuda::cache_table> & table) {
         const store_shape & book = table->book().shape();
         return book.n_cell == shape.n_cell && book.n_stream == shape.n_stream && book.n_ubatch == shape.n_ubatch && table->book().is_empty();
     };
     auto & tables = tables_[tensor.side];
     auto   found  = std::find_if(tables.begin(), tables.end(), fits);
     if (found == tables.end()) {
-        tables.push_back(std::make_shared<cuda::cache_table>(wrapper_.worker.with, shape, coding.bits < 16));
+        tables.push_back(std::make_shared<cuda::cache_table>(wrapper_.worker.with, shape, tensor.codec.codec != nullptr));
         found = tables.end() - 1;
     }
-    tensor.rows =
-        std::make_unique<cuda::cache_side>(wrapper_.worker.with, shape, tensor.codec ? &tensor.codec->layout() : nullptr, device.config().seed, *found);
+    tensor.rows = std::make_unique<cuda::cache_side>(wrapper_.worker.with, shape, tensor.codec.layout, method.config().seed, *found);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -333,7 +329,7 @@ void cuda_tensor::read_store(int, const reader & f) {
     std::lock_guard<std::mutex> guard(wrapper.lock);
     const cuda::selected_device selected = wrapper.select();
     home->pack_full(*this);
-    f(*rows->to_store(wrapper.worker, codec), codec.get());
+    f(*rows->to_store(wrapper.worker, codec.codec), codec.codec.get());
 }
 
 // A store on the host takes the changes, so that its decisions are the store's own; then the device holds what it holds.
@@ -346,8 +342,8 @@ void cuda_tensor::change_store(const changer & f) {
         return;
     }
     home->settle(*this);
-    const std::unique_ptr<store> here = rows->to_store(wrapper.worker, codec);
-    f(here.get(), codec.get(), [&](int64_t n, const int64_t * cells, const uint16_t * from) {
+    const std::unique_ptr<store> here = rows->to_store(wrapper.worker, codec.codec);
+    f(here.get(), codec.codec.get(), [&](int64_t n, const int64_t * cells, const uint16_t * from) {
         barrier sync;
         if (!here->write({ 0, 1, &sync }, n, { cells, sizeof(int64_t), true }, { from, (size_t) row_bytes(), true })) {
             throw error(here->status(), here->message());

@@ -1,6 +1,5 @@
 #include "plugin/device.h"
 
-#include "codec/codec.h"
 #include "common/error.h"
 #include "common/memory.h"
 #include "plugin/cache_node.h"
@@ -186,14 +185,13 @@ struct device_tables {
 thread_local const kv_device * kv_device::lost_sizes_ = nullptr;
 
 kv_device::kv_device(const gear_device_params & params, const char * wanted, int index)
-    : callback(params.codec), callback_user(params.codec_user), config_(params.config), n_ubatch_(params.n_ubatch > 0 ? params.n_ubatch : 512) {
-    check_config(config_);
+    : method_(params.config, params.codec, params.codec_user), n_ubatch_(params.n_ubatch > 0 ? params.n_ubatch : 512) {
     inner_ = strcmp(wanted, "CPU") == 0 ? abi::ggml().ggml_backend_dev_by_type(abi::device_cpu) : abi::ggml().ggml_backend_dev_by_name(wanted);
     if (!inner_) {
         fail(GEAR_ERROR_INVALID, "this llama.cpp has no device '%s'", wanted);
     }
     if (abi::ggml().ggml_backend_dev_type(inner_) != abi::device_cpu) {
-        if (callback) {
+        if (params.codec) {
             fail(GEAR_ERROR_UNSUPPORTED, "a codec of the caller's runs on the CPU, not on '%s'; set n_gpu_layers=0", wanted);
         }
         cuda_      = std::make_unique<cuda_wrapper>(*this, inner_);
@@ -256,35 +254,7 @@ store_shape kv_device::shape(int il, gear_side side, int64_t n_embd, int64_t n_c
     if ((int64_t) n_head * d_head != n_embd) {
         n_head = d_head = 0;
     }
-    return { il, side, n_head, d_head, n_cell, n_stream, config_.tile, config_.n_tail, config_.n_sink, std::max(n_ubatch_, use.n_rows) };
-}
-
-std::shared_ptr<const tile_codec> kv_device::make_codec(const store_shape & shape, const tile_layout *& layout) const {
-    layout = nullptr;
-    if ((shape.side == GEAR_SIDE_K ? config_.k : config_.v).bits == 16) {
-        return nullptr;
-    }
-    if (callback) {
-        return std::make_shared<callback_tile_codec>(config_, shape.il, shape.side, shape.d_head, callback, callback_user);
-    }
-    auto codec = std::make_shared<gear_tile_codec>(config_, shape.side, shape.d_head);
-    layout     = &codec->layout();
-    return codec;
-}
-
-size_t kv_device::tile_bytes(const store_shape & shape) const {
-    if ((shape.side == GEAR_SIDE_K ? config_.k : config_.v).bits == 16) {
-        return 0;
-    }
-    return callback ? callback_tile_codec::tile_bytes(config_, shape.d_head) : (size_t) make_layout(config_, shape.side, shape.d_head).part.bytes;
-}
-
-bool kv_device::is_window(int64_t n_cell) const {
-    const char * choice = getenv("GEARCPP_SMALL_CACHE"); // "store": no cache is too small (for tests)
-    if (choice && strcmp(choice, "store") == 0) {
-        return false;
-    }
-    return n_cell <= (int64_t) config_.n_sink + config_.n_tail + n_ubatch_ + 2 * config_.tile;
+    return method_.shape(il, side, n_head, d_head, n_cell, n_stream, std::max(n_ubatch_, use.n_rows));
 }
 
 size_t kv_device::estimate(const abi::tensor * tensor, int il, gear_side side) const {
@@ -295,7 +265,7 @@ size_t kv_device::estimate(const abi::tensor * tensor, int il, gear_side side) c
     }
     size_t            bytes  = nominal;
     const gear_status status = guarded([&] {
-        store_shape shape = { il, side, 0, 0, tensor->ne[1], (int) tensor->ne[2], config_.tile, config_.n_tail, config_.n_sink, n_ubatch_ };
+        store_shape shape = method_.shape(il, side, 0, 0, tensor->ne[1], (int) tensor->ne[2], n_ubatch_);
         const auto  known = layers_.find(il);
         if (known != layers_.end()) {
             shape.n_head = known->second.n_head_kv;
@@ -304,7 +274,7 @@ size_t kv_device::estimate(const abi::tensor * tensor, int il, gear_side side) c
             shape.d_head = tensor->ne[0] % 128 == 0 ? 128 : tensor->ne[0] % 64 == 0 ? 64 : 32;
             shape.n_head = (int) (tensor->ne[0] / shape.d_head);
         }
-        bytes = std::min(nominal, store::bytes(shape, tile_bytes(shape)));
+        bytes = std::min(nominal, method_.bytes(shape));
     });
     return status == GEAR_OK ? padded(bytes, alignment_) : nominal;
 }

@@ -1,6 +1,7 @@
 // device.h - the ggml device that wraps another one: owns the KV cache, hands everything else to the device it wraps.
 #pragma once
 
+#include "cache/cache_method.h"
 #include "common/error.h"
 #include "plugin/abi.h"
 #include "plugin/cuda_wrapper.h"
@@ -25,22 +26,18 @@ class kv_device {
     kv_device(const gear_device_params & params, const char * wanted, int index);
     ~kv_device();
 
-    abi::device *       ggml_device() { return &device_; }
-    abi::device *       inner() const { return inner_; }
-    abi::buffer_type *  kv_type() { return &kv_type_; }
-    cuda_wrapper *      cuda() const { return cuda_.get(); }
-    const gear_config & config() const { return config_; }
-    int                 n_ubatch() const { return n_ubatch_; }
+    abi::device *        ggml_device() { return &device_; }
+    abi::device *        inner() const { return inner_; }
+    abi::buffer_type *   kv_type() { return &kv_type_; }
+    cuda_wrapper *       cuda() const { return cuda_.get(); }
+    const cache_method & method() const { return method_; }
+    int                  n_ubatch() const { return n_ubatch_; }
 
     // Shape of one side of a layer: from the head table, else from what the graph showed; n_head 0: not known.
-    store_shape                       shape(const cache_tensor & tensor) const;
-    store_shape                       shape(int il, gear_side side, int64_t n_embd, int64_t n_cell, int n_stream, const observed_use & use) const;
-    // A codec for one side of a layer; nullptr when that side is kept as f16. `layout` is set for GEAR's own codec.
-    std::shared_ptr<const tile_codec> make_codec(const store_shape & shape, const tile_layout *& layout) const;
-    // Bytes of its tiles, without making one: 0 when that side is kept as f16.
-    size_t                            tile_bytes(const store_shape & shape) const;
+    store_shape shape(const cache_tensor & tensor) const;
+    store_shape shape(int il, gear_side side, int64_t n_embd, int64_t n_cell, int n_stream, const observed_use & use) const;
     // A cache so small that the pool of exact rows would hold all of it.
-    bool                              is_window(int64_t n_cell) const;
+    bool        is_window(int64_t n_cell) const { return method_.is_window(n_cell, n_ubatch_); }
 
     // Bytes to tell llama.cpp for a cache tensor. The same at every call, because llama.cpp aborts when they grow between two of them: so nothing is
     // allocated here, which could fail.
@@ -64,9 +61,6 @@ class kv_device {
     // true: an allocation of this size is the KV buffer. Throws gear::error when the cache would share a buffer with other tensors.
     bool take_sizes(size_t size);
 
-    const gear_codec_callback callback;
-    void * const              callback_user;
-
     static kv_device & of(abi::device * device) { return *static_cast<kv_device *>(device->context); }
 
   private:
@@ -89,7 +83,7 @@ class kv_device {
     };
 
     std::string                                  name_, description_, type_name_, kv_type_name_;
-    gear_config                                  config_;
+    cache_method                                 method_;
     std::map<int, gear_layer>                    layers_;
     int                                          n_ubatch_;
     abi::device *                                inner_;

@@ -1,6 +1,5 @@
 #include "plugin/kv_buffer.h"
 
-#include "codec/codec.h"
 #include "common/error.h"
 #include "common/memory.h"
 #include "plugin/cache_bytes.h"
@@ -11,32 +10,8 @@
 #include <cstdio>
 #include <cstring>
 #include <numeric>
-#include <sys/mman.h>
 
 namespace gear {
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-// Addresses
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-
-address_range::address_range(size_t bytes) : size_(std::max<size_t>(bytes, 1)) {
-    void * range = mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (range == MAP_FAILED) {
-        fail(GEAR_ERROR_MEMORY, "could not reserve %.1f MiB of address space for the KV cache; is the address space limited (ulimit -v)?",
-             size_ / 1048576.0);
-    }
-    data_ = static_cast<char *>(range);
-}
-
-address_range::~address_range() {
-    munmap(data_, size_);
-}
-
-void address_range::commit() {
-    if (mprotect(data_, size_, PROT_READ | PROT_WRITE) != 0) {
-        fail(GEAR_ERROR_MEMORY, "not enough memory for %.1f MiB of f16 KV cache; use a smaller n_ctx", size_ / 1048576.0);
-    }
-}
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Cache tensors
@@ -67,13 +42,13 @@ void cache_tensor::read_store(int n_threads, const reader & f) {
     if (!ok) {
         throw error(rows->status(), rows->message());
     }
-    f(*rows, codec.get());
+    f(*rows, codec.codec.get());
 }
 
 void cache_tensor::change_store(const changer & f) {
     std::lock_guard<std::mutex> guard(home.lock);
     home.settle(il);
-    f(rows.get(), codec.get(), [&](int64_t n, const int64_t * cells, const uint16_t * from) { home.write_cells(*this, n, cells, from); });
+    f(rows.get(), codec.codec.get(), [&](int64_t n, const int64_t * cells, const uint16_t * from) { home.write_cells(*this, n, cells, from); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -210,15 +185,14 @@ cache_kind kv_buffer::decide(const cache_layer & layer) const {
     if (!k || !v || !k->use.other.empty() || !v->use.other.empty()) {
         return cache_kind::f16_other_use;
     }
-    const gear_config & config = device_.config();
-    if (config.k.bits == 16 && config.v.bits == 16) {
+    if (device_.method().is_f16()) {
         return cache_kind::f16_asked;
     }
     if (device_.is_window(k->n_cell)) {
         return cache_kind::f16_window;
     }
     const store_shape shape_k = device_.shape(*k), shape_v = device_.shape(*v);
-    if (shape_k.n_head == 0 || shape_v.n_head == 0 || gear_head_check(&config, shape_k.d_head, shape_v.d_head) != GEAR_OK) {
+    if (shape_k.n_head == 0 || shape_v.n_head == 0 || !device_.method().has_heads(shape_k.d_head, shape_v.d_head)) {
         return cache_kind::f16_other_use;
     }
     return cache_kind::gear;
@@ -233,9 +207,9 @@ void kv_buffer::settle(int il) {
         const cache_kind kind = decide(layer);
         if (kind == cache_kind::gear) {
             const store_shape shape = device_.shape(*tensor);
-            tensor->codec           = device_.make_codec(shape, tensor->layout);
-            tensor->rows            = std::make_unique<store>(shape, tensor->codec);
-            tensor->kind            = tensor->codec ? kind : cache_kind::f16_asked;
+            tensor->codec           = device_.method().codec(shape);
+            tensor->rows            = std::make_unique<store>(shape, tensor->codec.codec);
+            tensor->kind            = tensor->codec.codec ? kind : cache_kind::f16_asked;
         } else {
             tensor->space.commit();
             tensor->kind = kind;

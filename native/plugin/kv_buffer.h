@@ -6,9 +6,10 @@
 // restored): by then the graph has shown every operation on it. A GEAR tensor's bytes are in its store; a plain one's address space is made memory.
 #pragma once
 
+#include "cache/cache_method.h"
+#include "common/address_range.h"
 #include "plugin/abi.h"
 #include "plugin/session_tensor.h"
-#include "store/gear_codec.h"
 #include "store/store.h"
 
 #include <map>
@@ -20,23 +21,6 @@
 namespace gear {
 
 class kv_device;
-
-// A range of addresses without memory behind it until commit().
-class address_range {
-  public:
-    explicit address_range(size_t bytes);
-    ~address_range();
-    address_range(const address_range &)             = delete;
-    address_range & operator=(const address_range &) = delete;
-
-    char * data() const { return data_; }
-    size_t size() const { return size_; }
-    void   commit(); // readable and writable, zero. Throws gear::error when memory is short.
-
-  private:
-    char * data_;
-    size_t size_;
-};
 
 // Values of gear_store_stats.kind.
 enum class cache_kind { undecided = -1, gear = 0, f16_window = 1, f16_other_use = 2, f16_asked = 3 };
@@ -68,9 +52,8 @@ struct cache_tensor final : session_tensor {
     observed_use  use;
     cache_kind    kind = cache_kind::undecided;
 
-    std::shared_ptr<const tile_codec> codec;            // of a GEAR tensor
-    const tile_layout *               layout = nullptr; // of codec, when it is GEAR's own
-    std::unique_ptr<store>            rows;             // of a GEAR tensor, or of its partner kept as f16
+    side_codec             codec; // of a GEAR tensor
+    std::unique_ptr<store> rows;  // of a GEAR tensor, or of its partner kept as f16
 };
 
 class kv_buffer {

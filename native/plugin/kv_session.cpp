@@ -232,10 +232,9 @@ void kv_session::attach(kv_devices * devices) {
         fail(GEAR_ERROR_DATA, "it is of a GEAR cache, and this context has none");
     }
     for (const kept_tensor & kept : kept_) {
-        const tile_layout * layout;
-        const auto          codec = (*devices)[0].make_codec(kept.image.shape, layout);
-        require_codec(kept.image, codec.get());
-        const gear_config & config = (*devices)[0].config();
+        const cache_method & method = (*devices)[0].method();
+        require_codec(kept.image, method.codec(kept.image.shape).codec.get());
+        const gear_config & config = method.config();
         const store_shape & shape  = kept.image.shape;
         if (shape.tile != config.tile || shape.n_tail != config.n_tail || shape.n_sink != config.n_sink) {
             fail(GEAR_ERROR_DATA, "its cache has tiles of %d cells, a tail of %d and %d sinks; this one %d, %d and %d", shape.tile, shape.n_tail,
@@ -285,8 +284,7 @@ int64_t kv_session::restore_tensor(kept_tensor & kept) {
     kept.tensor->change_store([&](store * rows, const tile_codec * codec, const row_writer & write) {
         std::shared_ptr<const tile_codec> own;
         if (!codec && image.tile_bytes > 0) { // a cache too small to gain from packing takes the rows
-            const tile_layout * layout;
-            own   = (*devices_)[0].make_codec(image.shape, layout);
+            own   = (*devices_)[0].method().codec(image.shape).codec;
             codec = own.get();
         }
         n_changed = restore_image(*in_, image, kept.places, rows, codec, write);

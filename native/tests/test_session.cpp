@@ -1,8 +1,8 @@
 // Stores on their way to a file and back: the same cells bit for bit, other cells as rows, and nothing from a file that is not whole.
+#include "cache/gear_codec.h"
 #include "common/checksum.h"
 #include "common/error.h"
 #include "session/store_image.h"
-#include "store/gear_codec.h"
 #include "store_model.h"
 
 #include <string>

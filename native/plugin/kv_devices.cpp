@@ -52,7 +52,7 @@ kv_devices::kv_devices(const gear_device_params & params) {
     }
     while (!names.empty()) {
         const size_t comma = std::min(names.find(','), names.size());
-        each_.push_back(std::make_unique<kv_device>(params, names.substr(0, comma).c_str(), n_made++));
+        each_.push_back(kv_device::make(params, names.substr(0, comma).c_str(), n_made++));
         names.erase(0, comma + 1);
     }
     if (each_.empty()) {

@@ -66,7 +66,7 @@ uint8_t * kv_session::window() const {
     return (uint8_t *) window_->data();
 }
 
-bool kv_session::note_saved(session_tensor & tensor, const row_range & rows, size_t size, const void * data) {
+bool kv_session::note_saved(cache_tensor & tensor, const row_range & rows, size_t size, const void * data) {
     if (size == 0 || !tensor.is_store() || !is_whole(rows, size, (size_t) tensor.row_bytes())) {
         return false;
     }
@@ -244,7 +244,7 @@ void kv_session::attach(kv_devices * devices) {
     listen(devices);
 }
 
-bool kv_session::note_restored(session_tensor & tensor, const row_range & rows, size_t size, const void * data) {
+bool kv_session::note_restored(cache_tensor & tensor, const row_range & rows, size_t size, const void * data) {
     if (size == 0 || !is_whole(rows, size, (size_t) tensor.row_bytes())) {
         return false;
     }

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "plugin/cache_bytes.h"
-#include "plugin/session_tensor.h"
+#include "session/store_image.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -23,6 +23,7 @@ namespace gear {
 
 class address_range;
 class kv_devices;
+struct cache_tensor;
 
 class kv_session {
   public:
@@ -50,17 +51,17 @@ class kv_session {
     // From the buffer, while llama.cpp saves or restores.
     bool has(const void * data) const { return window() <= data && data < window() + n_window_; }
     // `size` bytes at data, which is in the window, are these rows of the tensor. false: they are (or have to go) in the window itself.
-    bool note_saved(session_tensor & tensor, const row_range & range, size_t size, const void * data);
-    bool note_restored(session_tensor & tensor, const row_range & range, size_t size, const void * data);
+    bool note_saved(cache_tensor & tensor, const row_range & range, size_t size, const void * data);
+    bool note_restored(cache_tensor & tensor, const row_range & range, size_t size, const void * data);
 
   private:
     struct saved_tensor {
-        session_tensor *        tensor;
+        cache_tensor *          tensor;
         std::vector<cell_range> ranges;
     };
     struct kept_tensor {
         store_image            image;
-        session_tensor *       tensor = nullptr;
+        cache_tensor *         tensor = nullptr;
         std::vector<placement> places;
     };
     struct part { // of llama.cpp's state

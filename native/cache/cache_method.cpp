@@ -2,9 +2,7 @@
 
 #include "cache/gear_codec.h"
 #include "codec/codec.h"
-
-#include <cstdlib>
-#include <cstring>
+#include "common/settings.h"
 
 namespace gear {
 
@@ -22,8 +20,7 @@ bool cache_method::has_heads(int d_head_k, int d_head_v) const {
 }
 
 bool cache_method::is_window(int64_t n_cell, int n_ubatch) const {
-    const char * choice = getenv("GEARCPP_SMALL_CACHE"); // "store": no cache is too small (for tests)
-    if (choice && strcmp(choice, "store") == 0) {
+    if (settings::packs_small_caches()) {
         return false;
     }
     return n_cell <= (int64_t) config_.n_sink + config_.n_tail + n_ubatch + 2 * config_.tile;

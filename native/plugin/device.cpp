@@ -2,6 +2,7 @@
 
 #include "common/error.h"
 #include "common/memory.h"
+#include "common/settings.h"
 #include "plugin/cache_node.h"
 #include "plugin/cpu/device.h"
 #include "plugin/cuda/device.h"
@@ -9,7 +10,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -212,8 +212,7 @@ store_shape kv_device::shape(const cache_tensor & tensor) const {
 
 size_t kv_device::estimate(const abi::tensor * tensor, int il, gear_side side) const {
     const size_t nominal = abi::ggml().ggml_nbytes(tensor);
-    const char * report  = getenv("GEARCPP_NOMINAL_SIZE"); // "1": for llama.cpp built with assertions, which wants no less than nominal
-    if (is_window(tensor->ne[1]) || (report && strcmp(report, "1") == 0)) {
+    if (is_window(tensor->ne[1]) || settings::reports_nominal_sizes()) {
         return nominal;
     }
     size_t            bytes  = nominal;

@@ -2,12 +2,12 @@
 
 #include "cache/cuda_side.h"
 #include "common/error.h"
+#include "common/settings.h"
 #include "cuda/loader.h"
 #include "plugin/cuda/backend.h"
 #include "plugin/cuda/index_uploads.h"
 
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 namespace gear {
@@ -15,17 +15,15 @@ namespace gear {
 namespace {
 
 const cuda::api & table_for(abi::device * inner) {
-    const char * name   = abi::ggml().ggml_backend_dev_name(inner);
-    const char * wanted = getenv("GEARCPP_CUDA");
+    const char * name = abi::ggml().ggml_backend_dev_name(inner);
     if (strncmp(name, "CUDA", 4) != 0) {
         fail(GEAR_ERROR_UNSUPPORTED, "device '%s' is neither a CPU nor one of ggml's CUDA devices, and gearcpp keeps a GEAR cache on those only", name);
     }
-    if (!wanted || strcmp(wanted, "1") != 0) {
+    if (!settings::allows_cuda()) {
         fail(GEAR_ERROR_UNSUPPORTED,
              "a GEAR cache on '%s' has not been proven on a GPU yet; set GEARCPP_CUDA=1 to try it, or leave the cache on the CPU (n_gpu_layers=0)", name);
     }
-    const char * forks = getenv("GGML_CUDA_GRAPH_OPT");
-    if (forks && atoi(forks) == 1) {
+    if (settings::ggml_cuda_forks_streams()) {
         fail(GEAR_ERROR_UNSUPPORTED, "GGML_CUDA_GRAPH_OPT=1 does not go together with a GEAR cache; unset it");
     }
     std::string       problem;

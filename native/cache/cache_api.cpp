@@ -97,26 +97,26 @@ std::vector<gear::cell_range> written_ranges(const gear::store & cells) {
     return ranges;
 }
 
-// One placement for each run of cells that stay side by side.
-std::vector<gear::placement> placements(const gear::store_image & image, const int64_t * to, int64_t n_all) {
-    std::vector<gear::placement> places;
+// One move for each run of cells that stay side by side.
+std::vector<gear::cell_move> moves_of(const gear::store_image & image, const int64_t * to, int64_t n_all) {
+    std::vector<gear::cell_move> moves;
     std::vector<bool>            is_taken((size_t) n_all);
     for (const gear::cell_range & range : image.ranges) {
         for (int64_t i = 0; i < range.n; ++i) {
-            const int64_t cell = range.cell + i, place = to ? to[cell] : cell;
-            if (place < 0 || place >= n_all || is_taken[(size_t) place]) {
+            const int64_t cell = range.cell + i, target = to ? to[cell] : cell;
+            if (target < 0 || target >= n_all || is_taken[(size_t) target]) {
                 gear::fail(GEAR_ERROR_INVALID, "cell %lld cannot go to cell %lld: that is none of the %lld, or one that another goes to", (long long) cell,
-                           (long long) place, (long long) n_all);
+                           (long long) target, (long long) n_all);
             }
-            is_taken[(size_t) place] = true;
-            if (i > 0 && places.back().to + places.back().n == place) {
-                ++places.back().n;
+            is_taken[(size_t) target] = true;
+            if (i > 0 && moves.back().to + moves.back().n == target) {
+                ++moves.back().n;
             } else {
-                places.push_back({ cell, 1, place });
+                moves.push_back({ cell, 1, target });
             }
         }
     }
-    return places;
+    return moves;
 }
 
 void save_side(const gear::host_side & side, gear::output & out) {
@@ -144,7 +144,7 @@ int64_t load_side(gear::host_side & side, const gear::input & in, const int64_t 
     }
     int64_t n_changed = 0;
     side.change_store([&](gear::store * cells, const gear::tile_codec * codec, const gear::row_writer & write) {
-        n_changed = gear::restore_image(in, image, placements(image, to, shape.n_cell * shape.n_stream), cells, codec, write);
+        n_changed = gear::restore_image(in, image, moves_of(image, to, shape.n_cell * shape.n_stream), cells, codec, write);
     });
     return n_changed;
 }

@@ -132,8 +132,8 @@ void cuda_memory::use(const std::function<void()> & f) {
 side_cache & cuda_memory::make_side(const store_shape & shape) {
     const side_codec codec = method_.codec(shape);
     const auto       fits  = [&](const std::shared_ptr<cuda::cache_table> & table) {
-        const store_shape & of = table->book().shape();
-        return of.n_cell == shape.n_cell && of.n_stream == shape.n_stream && of.n_ubatch == shape.n_ubatch && table->book().is_empty();
+        const store_shape & of = table->planner().shape();
+        return of.n_cell == shape.n_cell && of.n_stream == shape.n_stream && of.n_ubatch == shape.n_ubatch && table->planner().is_empty();
     };
     auto & tables = tables_[shape.side];
     auto   found  = std::find_if(tables.begin(), tables.end(), fits);
@@ -183,7 +183,7 @@ void cuda_memory::share_tables() {
     for (auto & tables : tables_) {
         std::vector<std::shared_ptr<cuda::cache_table>> kept;
         for (const auto & table : tables) {
-            const auto like = std::find_if(kept.begin(), kept.end(), [&](const auto & other) { return other->book().agrees(table->book()); });
+            const auto like = std::find_if(kept.begin(), kept.end(), [&](const auto & other) { return other->planner().agrees(table->planner()); });
             if (like == kept.end()) {
                 kept.push_back(table);
                 continue;

@@ -1,6 +1,6 @@
 // cuda_side.h - the cache of one side of a layer in a GPU's memory, and what the layers of a buffer share there.
 //
-// Layers that write the same cells share one table of where rows lie (cuda/cuda_cache.h). What llama.cpp does to one layer at a time (the K-shift,
+// Layers that write the same cells share one table of slots (cuda/cuda_cache.h). What llama.cpp does to one layer at a time (the K-shift,
 // restoring a state, copying a stream) gives that layer a table of its own; the next step lets tables that agree be one again. There the host may wait.
 #pragma once
 

@@ -267,7 +267,7 @@ bool kv_session::note_restored(cache_tensor & tensor, const row_range & rows, si
         const int64_t      skip  = (int64_t) ((offset - range.offset) / row);
         const int64_t      n_now = std::min<int64_t>(n, (int64_t) (range.size / row) - skip);
         kept->tensor             = &tensor;
-        kept->places.push_back({ range.cell + skip, n_now, cell });
+        kept->moves.push_back({ range.cell + skip, n_now, cell });
         offset += n_now * row;
         cell += n_now;
         n -= n_now;
@@ -281,13 +281,13 @@ int64_t kv_session::restore_tensor(kept_tensor & kept) {
         fail(GEAR_ERROR_DATA, "llama.cpp did not take back what it saved of layer %d: is this another release of it?", image.shape.il);
     }
     int64_t n_changed = 0;
-    kept.tensor->change_store([&](store * rows, const tile_codec * codec, const row_writer & write) {
+    kept.tensor->change_store([&](store * cells, const tile_codec * codec, const row_writer & write) {
         std::shared_ptr<const tile_codec> own;
         if (!codec && image.tile_bytes > 0) { // a cache too small to gain from packing takes the rows
             own   = (*devices_)[0].method().codec(image.shape).codec;
             codec = own.get();
         }
-        n_changed = restore_image(*in_, image, kept.places, rows, codec, write);
+        n_changed = restore_image(*in_, image, kept.moves, cells, codec, write);
     });
     return n_changed;
 }

@@ -14,7 +14,7 @@ cuda_side::cuda_side(cuda_memory & home, const store_shape & shape, const side_c
     : home_(home), codec_(codec.codec), on_device_(home.worker_.with, shape, codec.layout, home.method_.config().seed, std::move(table)) {}
 
 void cuda_side::write(int64_t n, const int64_t * cells, const uint16_t * rows) {
-    home_.whole_or_broken([&] {
+    home_.broken_unless_done([&] {
         home_.give_own_table(*this);
         on_device_.put(home_.worker_, home_.next_step(), n, cells, rows);
     });
@@ -25,7 +25,7 @@ void cuda_side::read(int64_t cell, int64_t n, uint16_t * rows) {
 }
 
 void cuda_side::erase(int64_t cell, int64_t n) {
-    home_.whole_or_broken([&] {
+    home_.broken_unless_done([&] {
         home_.give_own_table(*this);
         on_device().table().plan_erase(home_.worker_, cell, n);
     });
@@ -35,7 +35,7 @@ bool cuda_side::copy_stream(int from, const side_cache & source, int to) {
     if (&source != this) {
         return false;
     }
-    home_.whole_or_broken([&] {
+    home_.broken_unless_done([&] {
         home_.give_own_table(*this);
         on_device().table().plan_copy(home_.worker_, from, to);
         on_device_.copy_stream(home_.worker_, from, to);
@@ -50,7 +50,7 @@ void cuda_side::update(const uint8_t * marked, const shift_memory & memory, cons
 
 void cuda_side::pack_full(int) {
     cuda::cache_table & table = on_device().table();
-    home_.whole_or_broken([&] {
+    home_.broken_unless_done([&] {
         table.plan_flush(home_.worker_, true);
         for (const auto & other : home_.sides_) {
             if (&other->on_device().table() == &table) {
@@ -81,7 +81,7 @@ void cuda_side::change_store(const changer & f) {
             throw error(here->status(), here->message());
         }
     });
-    home_.whole_or_broken([&] {
+    home_.broken_unless_done([&] {
         home_.give_own_table(*this);
         on_device_.adopt(home_.worker_, *here);
     });

@@ -58,7 +58,7 @@ class cuda_memory final : public cache_memory {
     void share_tables();
 
     // What fails half-way leaves layers that do not hold what their tables say: then the memory is broken until it is cleared.
-    template <class F> void whole_or_broken(F && f) {
+    template <class F> void broken_unless_done(F && f) {
         const bool before = std::exchange(is_broken, true);
         f();
         is_broken = before;

@@ -180,7 +180,7 @@ stage_llama() { # the build itself runs beside the stages before this one
 
 stage_check() {
     export GGML_BACKEND_PATH=$gear/libgearcpp.so
-    find "$root/docs" "$root/native" \( -name '*.md' -o -name '*.h' \) -exec cat {} + >"$work/text.txt"
+    find "$root/docs" "$root/native" \( -name '*.md' -o -name '*.h' -o -name '*.cuh' \) -exec cat {} + >"$work/text.txt"
     model=$root/gearcpp/models/books-6m-q8_0.gguf # a trained model: its perplexities must agree to a few parts in a thousand, whatever the text
     devices=(CUDA0 GEAR0)
     if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then # layers over two GPUs, in pipelines of llama.cpp's

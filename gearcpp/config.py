@@ -27,7 +27,7 @@ LLAMA_CACHE_TYPES: dict[str, int] = {
 }
 
 
-Rotation = Union[bool, Literal["auto"]]
+Rotation = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 #include "common/simd.h"
 
 #include "common/error.h"
+#include "common/settings.h"
 #include "gearcpp.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #if defined(__x86_64__)
@@ -78,7 +78,7 @@ const level_name * find(const char * name) {
 
 std::atomic<const level_name *> & selected() {
     static std::atomic<const level_name *> level = [] {
-        const char *       wanted = getenv("GEARCPP_SIMD");
+        const char *       wanted = settings::simd_level();
         const level_name * found  = wanted ? find(wanted) : nullptr;
         return found ? found : &available().front();
     }();

@@ -5,7 +5,7 @@
 
 namespace gear::cuda {
 
-// What a table of places says of a cell: the slot of its exact row, or one of these.
+// What a table of slots says of a cell: the slot of its exact row, or one of these.
 constexpr int32_t place_absent = -1; // never written: zeros
 constexpr int32_t place_packed = -2; // its tile holds it
 
@@ -39,7 +39,7 @@ struct write_arguments {
     const int32_t * slot[2]; // [n] of all streams (stream * n_row + slot), -1: another row of this write goes to the same cell
 };
 
-// Changes of a table of places: place[index[i]] = value[i]
+// Changes of a table of slots: place[index[i]] = value[i]
 struct place_arguments {
     int32_t *       place;
     const int32_t * index;

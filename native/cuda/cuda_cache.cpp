@@ -8,72 +8,6 @@
 
 namespace gear::cuda {
 
-void require_ok(const api & with, int error, const char * what) {
-    if (error != 0) {
-        fail(GEAR_ERROR_INTERNAL, "CUDA: %s: %s", what, with.error_text(error));
-    }
-}
-
-selected_device::selected_device(const api & with, int device) : with_(with) {
-    require_ok(with, with.current_device(&before_), "asking for the device");
-    require_ok(with, with.select_device(device), "choosing the device");
-}
-
-device_block::device_block(const api & with, size_t bytes) : with_(with), size_(bytes) {
-    void * memory = nullptr;
-    if (with.allocate(&memory, std::max<size_t>(bytes, 1)) != 0) {
-        fail(GEAR_ERROR_MEMORY, "the GPU has not the %.1f MiB that the KV cache needs; use a smaller n_ctx or fewer bits", (double) bytes / 1048576.0);
-    }
-    data_ = static_cast<uint8_t *>(memory);
-}
-
-device_block::~device_block() {
-    with_.release(data_);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-// The worker
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-
-cuda_worker::cuda_worker(const api & with, int device) : with(with), device(device) {
-    const selected_device selected(with, device);
-    require_ok(with, with.describe(device, &facts), "asking about the device");
-    require_ok(with, with.make_stream(&work), "making a stream");
-    n_block = 2 * facts.n_processor;
-}
-
-cuda_worker::~cuda_worker() {
-    int before = 0;
-    with.current_device(&before); // nothing is thrown here
-    with.select_device(device);
-    with.wait_stream(work);
-    with.free_stream(work);
-    pack_.reset();
-    partial_.reset();
-    with.select_device(before);
-}
-
-uint8_t * cuda_worker::grown(std::unique_ptr<device_block> & block, size_t bytes) {
-    if (!block || block->size() < bytes) {
-        require_ok(with, with.wait_stream(work), "waiting for the stream");
-        block.reset();
-        block = std::make_unique<device_block>(with, bytes);
-    }
-    return block->data();
-}
-
-uint8_t * cuda_worker::pack_scratch(const tile_layout & layout) {
-    return grown(pack_, (size_t) with.pack_scratch_bytes(&layout, n_block));
-}
-
-uint8_t * cuda_worker::partials(size_t bytes) {
-    return grown(partial_, bytes);
-}
-
-size_t cuda_worker::scratch_bytes() const {
-    return (pack_ ? pack_->size() : 0) + (partial_ ? partial_->size() : 0);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // The table
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -91,14 +25,14 @@ cache_table::slice::~slice() {
 }
 
 cache_table::cache_table(const api & with, const store_shape & like, bool has_tiles)
-    : with_(with), book_(like, has_tiles), place_(with, book_.places().size() * sizeof(int32_t)) {
+    : with_(with), planner_(like, has_tiles), place_(with, planner_.slots().size() * sizeof(int32_t)) {
     make_slices();
     require_ok(with, with.fill(place_.data(), 0xff, place_.size(), nullptr), "clearing the table of cells"); // place_absent
     require_ok(with, with.wait_stream(nullptr), "clearing the table of cells");
 }
 
 cache_table::cache_table(cuda_worker & worker, const cache_table & other)
-    : with_(worker.with), book_(other.book_), place_(worker.with, other.place_.size()) {
+    : with_(worker.with), planner_(other.planner_), place_(worker.with, other.place_.size()) {
     make_slices();
     require_ok(with_, with_.copy(place_.data(), other.place_.data(), place_.size(), worker.work), "copying the table of cells");
 }
@@ -123,16 +57,16 @@ size_t cache_table::bytes() const {
 // The plan goes to the device in one piece, and changes the table there. A slice is used again only when the device is done with what it took along; by
 // then, as a rule, it long is.
 void cache_table::send(cuda_worker & worker) {
-    slice & s        = slices_[turn_];
-    turn_            = (turn_ + 1) % n_slice;
-    size_t     used  = 0;
-    const auto place = [&](size_t bytes) {
+    slice & s          = slices_[turn_];
+    turn_              = (turn_ + 1) % n_slice;
+    size_t     used    = 0;
+    const auto reserve = [&](size_t bytes) {
         const size_t at = used;
         used += padded(bytes);
         return at;
     };
-    const size_t jobs = place(step_.jobs.size() * sizeof(pack_job)), source = place(step_.source.size() * 4), slot = place(step_.slot.size() * 4);
-    const size_t index = place(step_.index.size() * 4), value = place(step_.value.size() * 4);
+    const size_t jobs = reserve(plan_.jobs.size() * sizeof(pack_job)), source = reserve(plan_.source.size() * 4), slot = reserve(plan_.slot.size() * 4);
+    const size_t index = reserve(plan_.index.size() * 4), value = reserve(plan_.value.size() * 4);
     if (s.is_under) {
         require_ok(with_, with_.wait_event_host(s.sent), "waiting for an earlier step");
     }
@@ -149,18 +83,18 @@ void cache_table::send(cuda_worker & worker) {
             memcpy(static_cast<uint8_t *>(s.host) + at, from, bytes);
         }
     };
-    put(jobs, step_.jobs.data(), step_.jobs.size() * sizeof(pack_job));
-    put(source, step_.source.data(), step_.source.size() * 4);
-    put(slot, step_.slot.data(), step_.slot.size() * 4);
-    put(index, step_.index.data(), step_.index.size() * 4);
-    put(value, step_.value.data(), step_.value.size() * 4);
+    put(jobs, plan_.jobs.data(), plan_.jobs.size() * sizeof(pack_job));
+    put(source, plan_.source.data(), plan_.source.size() * 4);
+    put(slot, plan_.slot.data(), plan_.slot.size() * 4);
+    put(index, plan_.index.data(), plan_.index.size() * 4);
+    put(value, plan_.value.data(), plan_.value.size() * 4);
     if (used > 0) {
         require_ok(with_, with_.upload(s.device->data(), s.host, used, worker.work), "sending a step's plan");
         jobs_                      = reinterpret_cast<const pack_job *>(s.device->data() + jobs);
         source_                    = reinterpret_cast<const int32_t *>(s.device->data() + source);
         slot_                      = reinterpret_cast<const int32_t *>(s.device->data() + slot);
         const place_arguments args = { reinterpret_cast<int32_t *>(place_.data()), reinterpret_cast<const int32_t *>(s.device->data() + index),
-                                       reinterpret_cast<const int32_t *>(s.device->data() + value), (int32_t) step_.index.size() };
+                                       reinterpret_cast<const int32_t *>(s.device->data() + value), (int32_t) plan_.index.size() };
         require_ok(with_, with_.set_places(&args, worker.work), "changing the table of cells");
     }
     require_ok(with_, with_.record(s.sent, worker.work), "recording an event");
@@ -171,34 +105,34 @@ void cache_table::plan(cuda_worker & worker, int64_t step, int64_t n, const cell
     if (step == last_step_) {
         return;
     }
-    book_.write(n, cells, step_);
+    planner_.write(n, cells, plan_);
     last_step_ = step;
     send(worker);
 }
 
 void cache_table::plan_flush(cuda_worker & worker, bool full_only) {
-    book_.flush(step_, full_only);
+    planner_.flush(plan_, full_only);
     send(worker);
 }
 
 void cache_table::plan_erase(cuda_worker & worker, int64_t cell, int64_t n) {
-    book_.erase(cell, n, step_);
+    planner_.erase(cell, n, plan_);
     send(worker);
 }
 
 void cache_table::plan_copy(cuda_worker & worker, int from, int to) {
-    book_.copy_stream(from, to, step_);
+    planner_.copy_stream(from, to, plan_);
     send(worker);
 }
 
 void cache_table::clear(cuda_worker & worker) {
-    book_.clear();
-    step_ = {};
+    planner_.clear();
+    plan_ = {};
     require_ok(with_, with_.fill(place_.data(), 0xff, place_.size(), worker.work), "clearing the table of cells");
 }
 
-void cache_table::adopt(cuda_worker & worker, const store & rows) {
-    book_.adopt(rows, step_);
+void cache_table::adopt(cuda_worker & worker, const store & from) {
+    planner_.adopt(from, plan_);
     require_ok(with_, with_.fill(place_.data(), 0xff, place_.size(), worker.work), "clearing the table of cells");
     send(worker);
 }
@@ -238,15 +172,15 @@ size_t cache_side::bytes(const store_shape & shape, const tile_layout * layout, 
 
 cache_side::cache_side(const api & with, const store_shape & shape, const tile_layout * layout, uint32_t seed, std::shared_ptr<cache_table> table)
     : with_(with), shape_(shape), layout_(layout_of(shape, layout)), has_tiles_(layout != nullptr), seed_(seed), table_(std::move(table)) {
-    const store_shape & book = table_->book().shape();
-    if (book.n_cell != shape.n_cell || book.n_stream != shape.n_stream || book.tile != shape.tile) {
-        fail(GEAR_ERROR_INTERNAL, "layer %d: the table is of %lld cells in %d streams", shape.il, (long long) book.n_cell, book.n_stream);
+    const store_shape & of = table_->planner().shape();
+    if (of.n_cell != shape.n_cell || of.n_stream != shape.n_stream || of.tile != shape.tile) {
+        fail(GEAR_ERROR_INTERNAL, "layer %d: the table is of %lld cells in %d streams", shape.il, (long long) of.n_cell, of.n_stream);
     }
     if (shape.d_head % 16 != 0 || shape.d_head < 32 || shape.d_head > max_d_head) {
         fail(GEAR_ERROR_UNSUPPORTED, "layer %d: heads of %d channels: on a GPU they must be a multiple of 16 from 32 to %d", shape.il, shape.d_head,
              max_d_head);
     }
-    n_row_ = table_->book().n_row();
+    n_row_ = table_->planner().n_row();
     tiles_ = std::make_unique<device_block>(with, tiles_bytes(shape_, layout));
     pool_  = std::make_unique<device_block>(with, pool_bytes(shape_, n_row_));
 }
@@ -259,14 +193,14 @@ device_side cache_side::on_device() const {
              nullptr,
              shape_.n_head,
              (int32_t) shape_.n_cell,
-             table_->book().n_tile(),
+             table_->planner().n_tile(),
              (int32_t) n_row_,
              has_tiles_ };
 }
 
-// The book's pool has grown: so does this one, stream by stream.
+// The planner's pool has grown: so does this one, stream by stream.
 void cache_side::grow(cuda_worker & worker) {
-    const int64_t n_row = table_->book().n_row();
+    const int64_t n_row = table_->planner().n_row();
     if (n_row == n_row_) {
         return;
     }
@@ -338,7 +272,7 @@ void cache_side::put(cuda_worker & worker, int64_t step, int64_t n, const int64_
 }
 
 uint8_t * cache_side::tile_data(int stream, int64_t tile) const {
-    return tiles_->data() + ((size_t) stream * (size_t) table_->book().n_tile() + (size_t) tile) * (size_t) shape_.n_head * (size_t) layout_.part.bytes;
+    return tiles_->data() + ((size_t) stream * (size_t) table_->planner().n_tile() + (size_t) tile) * (size_t) shape_.n_head * (size_t) layout_.part.bytes;
 }
 
 // The run's rows in `staging` have changed: exact ones go back to the pool, and tiles that held one of them are packed out of `staging`.
@@ -346,9 +280,9 @@ void cache_side::update_run(cuda_worker & worker, const uint8_t * marked, int64_
                             int n_job, const uint16_t * staging) {
     std::vector<int32_t> numbers((size_t) n, -1); // slots of the rows, then what `source` says of each tile
     for (int64_t i = 0; i < n; ++i) {
-        const int32_t place = table_->book().places()[(size_t) (first + i)];
-        if (marked[first + i] && place >= 0) {
-            numbers[(size_t) i] = (int32_t) (first / shape_.n_cell * n_row_ + place);
+        const int32_t slot = table_->planner().slots()[(size_t) (first + i)];
+        if (marked[first + i] && slot >= 0) {
+            numbers[(size_t) i] = (int32_t) (first / shape_.n_cell * n_row_ + slot);
         }
     }
     for (int job = 0; job < n_job; ++job) {
@@ -382,9 +316,9 @@ void cache_side::update_run(cuda_worker & worker, const uint8_t * marked, int64_
 }
 
 void cache_side::update(cuda_worker & worker, const uint8_t * marked, uint16_t * staging, int64_t most_tiles, const rewrite & f) {
-    ledger_step step;
-    table_->plan_update(marked, step);
-    const int  n_tile    = table_->book().n_tile();
+    slot_plan plan;
+    table_->plan_update(marked, plan);
+    const int  n_tile    = table_->planner().n_tile();
     const auto n_token   = [&](int tile) { return std::min<int64_t>(shape_.tile, shape_.n_cell - (int64_t) tile * shape_.tile); };
     const auto is_marked = [&](int stream, int tile) {
         const uint8_t * first = marked + stream * shape_.n_cell + (int64_t) tile * shape_.tile;
@@ -407,20 +341,20 @@ void cache_side::update(cuda_worker & worker, const uint8_t * marked, uint16_t *
             require_ok(with_, with_.unpack(&args, worker.work), "unpacking rows");
             f(first, n, staging);
             size_t last = job;
-            while (last < step.jobs.size() && step.jobs[last].stream == stream && step.jobs[last].tile < tile) {
+            while (last < plan.jobs.size() && plan.jobs[last].stream == stream && plan.jobs[last].tile < tile) {
                 ++last;
             }
-            update_run(worker, marked, first, n, step.jobs.data() + job, step.source.data() + job * (size_t) shape_.tile, (int) (last - job), staging);
+            update_run(worker, marked, first, n, plan.jobs.data() + job, plan.source.data() + job * (size_t) shape_.tile, (int) (last - job), staging);
             job = last;
         }
     }
 }
 
 std::unique_ptr<store> cache_side::to_store(cuda_worker & worker, std::shared_ptr<const tile_codec> codec) const {
-    const store & book  = table_->book().book();
-    store_shape   like  = shape_;
-    like.n_ubatch       = (int) std::max<int64_t>(like.n_ubatch, table_->book().n_row() - like.n_sink - like.n_tail - like.tile);
-    auto         made   = std::make_unique<store>(like, std::move(codec));
+    const store & planned = table_->planner().cells();
+    store_shape   like    = shape_;
+    like.n_ubatch         = (int) std::max<int64_t>(like.n_ubatch, table_->planner().n_row() - like.n_sink - like.n_tail - like.tile);
+    auto         made     = std::make_unique<store>(like, std::move(codec));
     const size_t n_embd = (size_t) shape_.n_embd(), of_tile = (size_t) shape_.n_head * (size_t) layout_.part.bytes;
     const auto   get = [&](void * to, const uint8_t * from, size_t bytes) {
         require_ok(with_, with_.download(to, from, bytes, worker.work), "reading the cache");
@@ -429,8 +363,8 @@ std::unique_ptr<store> cache_side::to_store(cuda_worker & worker, std::shared_pt
     std::vector<uint8_t>  heads;
     std::vector<uint16_t> pool((size_t) n_row_ * n_embd);
     for (int stream = 0; stream < shape_.n_stream; ++stream) {
-        for (int tile = 0; tile < book.n_tile(); ++tile) {
-            const tile_view view = book.view(stream, tile);
+        for (int tile = 0; tile < planned.n_tile(); ++tile) {
+            const tile_view view = planned.view(stream, tile);
             if (view.packed) {
                 heads.resize(of_tile);
                 get(heads.data(), tile_data(stream, tile), of_tile);
@@ -438,32 +372,32 @@ std::unique_ptr<store> cache_side::to_store(cuda_worker & worker, std::shared_pt
             }
         }
         get(pool.data(), pool_->data() + (size_t) stream * pool.size() * sizeof(uint16_t), pool.size() * sizeof(uint16_t));
-        for (const exact_cell & e : book.exact_cells(stream)) {
-            made->put_row(stream, e, pool.data() + (size_t) table_->book().places()[(size_t) (stream * shape_.n_cell + e.cell)] * n_embd);
+        for (const exact_cell & e : planned.exact_cells(stream)) {
+            made->put_row(stream, e, pool.data() + (size_t) table_->planner().slots()[(size_t) (stream * shape_.n_cell + e.cell)] * n_embd);
         }
-        made->put_clock(stream, book.clock(stream));
+        made->put_clock(stream, planned.clock(stream));
     }
     return made;
 }
 
-void cache_side::adopt(cuda_worker & worker, const store & rows) {
-    if (rows.shape().n_embd() != shape_.n_embd() || rows.tile_bytes() != (has_tiles_ ? (size_t) layout_.part.bytes : 0)) {
+void cache_side::adopt(cuda_worker & worker, const store & from) {
+    if (from.shape().n_embd() != shape_.n_embd() || from.tile_bytes() != (has_tiles_ ? (size_t) layout_.part.bytes : 0)) {
         fail(GEAR_ERROR_INTERNAL, "layer %d: a store of another shape cannot take the place of a cache", shape_.il);
     }
-    table_->adopt(worker, rows);
+    table_->adopt(worker, from);
     grow(worker);
     const size_t          n_embd = (size_t) shape_.n_embd(), of_tile = (size_t) shape_.n_head * (size_t) layout_.part.bytes;
     std::vector<uint16_t> pool((size_t) n_row_ * n_embd);
     for (int stream = 0; stream < shape_.n_stream; ++stream) {
-        for (int tile = 0; tile < rows.n_tile(); ++tile) {
-            const tile_view view = rows.view(stream, tile);
+        for (int tile = 0; tile < from.n_tile(); ++tile) {
+            const tile_view view = from.view(stream, tile);
             if (view.packed) {
                 require_ok(with_, with_.upload(tile_data(stream, tile), view.packed, of_tile, worker.work), "filling the cache");
             }
             for (int t = 0; t < view.n_token; ++t) {
-                const int32_t place = table_->book().places()[(size_t) (stream * shape_.n_cell + (int64_t) tile * shape_.tile + t)];
+                const int32_t slot = table_->planner().slots()[(size_t) (stream * shape_.n_cell + (int64_t) tile * shape_.tile + t)];
                 if (view.slot[t] >= 0) {
-                    memcpy(pool.data() + (size_t) place * n_embd, rows.row(stream, view.slot[t]), n_embd * sizeof(uint16_t));
+                    memcpy(pool.data() + (size_t) slot * n_embd, from.row(stream, view.slot[t]), n_embd * sizeof(uint16_t));
                 }
             }
         }
@@ -474,8 +408,8 @@ void cache_side::adopt(cuda_worker & worker, const store & rows) {
 }
 
 gear_store_stats cache_side::stats() const {
-    gear_store_stats stats  = table_->book().stats();
-    const int64_t    n_tile = (int64_t) shape_.n_stream * table_->book().n_tile();
+    gear_store_stats stats  = table_->planner().stats();
+    const int64_t    n_tile = (int64_t) shape_.n_stream * table_->planner().n_tile();
     stats.il                = shape_.il;
     stats.side              = shape_.side;
     stats.kind              = has_tiles_ ? 0 : 3;

@@ -1,13 +1,14 @@
-// cuda_cache.h - a cache in device memory, driven from the host: the table of places that layers of one shape share (cache_table), and the tiles and rows
+// cuda_cache.h - a cache in device memory, driven from the host: the table of slots that layers of one shape share (cache_table), and the tiles and rows
 // of one side of one layer (cache_side). Everything is put onto a stream and returns at once; the host waits only where it says so.
 //
-// What a write decides is known on the host alone (ledger.h): it needs the cells of the rows, which llama.cpp has on the host, and nothing that the device
-// has computed. It travels in one upload a step, from pinned memory, for all layers.
+// What a write decides is known on the host alone (slot_planner.h): it needs the cells of the rows, which llama.cpp has on the host, and nothing that the
+// device has computed. It travels in one upload a step, from pinned memory, for all layers.
 #pragma once
 
 #include "codec/codec.h"
 #include "cuda/api.h"
-#include "cuda/ledger.h"
+#include "cuda/slot_planner.h"
+#include "cuda/worker.h"
 
 #include <functional>
 #include <memory>
@@ -16,66 +17,7 @@
 
 namespace gear::cuda {
 
-// Throws gear::error with CUDA's own words.
-void require_ok(const api & with, int error, const char * what);
-
-// A device is selected for the calling thread, and at the end the one that was before: of several GPUs each has a worker, and other libraries in the
-// process have a choice of their own.
-class selected_device {
-  public:
-    selected_device(const api & with, int device);
-    ~selected_device() { with_.select_device(before_); }
-    selected_device(const selected_device &)             = delete;
-    selected_device & operator=(const selected_device &) = delete;
-
-  private:
-    const api & with_;
-    int         before_ = 0;
-};
-
-// Device memory, of the device selected.
-class device_block {
-  public:
-    device_block(const api & with, size_t bytes);
-    ~device_block();
-    device_block(const device_block &)             = delete;
-    device_block & operator=(const device_block &) = delete;
-
-    uint8_t * data() const { return data_; }
-    size_t    size() const { return size_; }
-
-  private:
-    const api & with_;
-    uint8_t *   data_ = nullptr;
-    size_t      size_;
-};
-
-// The device and the stream that contexts work on, and scratch that their layers share. Whoever calls something that takes a worker has its device
-// selected.
-class cuda_worker {
-  public:
-    cuda_worker(const api & with, int device);
-    ~cuda_worker();
-    cuda_worker(const cuda_worker &)             = delete;
-    cuda_worker & operator=(const cuda_worker &) = delete;
-
-    // Scratch that grows; growing waits for the stream.
-    uint8_t * pack_scratch(const tile_layout & layout);
-    uint8_t * partials(size_t bytes);
-    size_t    scratch_bytes() const;
-
-    const api &  with;
-    const int    device;
-    device_facts facts;
-    stream       work    = nullptr;
-    int          n_block = 0; // of pack
-
-  private:
-    uint8_t *                     grown(std::unique_ptr<device_block> & block, size_t bytes);
-    std::unique_ptr<device_block> pack_, partial_;
-};
-
-// The book of one side of all layers of one shape, and its table of places in device memory.
+// The plans of one side of all layers of one shape, and their table of slots in device memory.
 class cache_table {
   public:
     cache_table(const api & with, const store_shape & like, bool has_tiles);
@@ -91,19 +33,20 @@ class cache_table {
     void plan_erase(cuda_worker & worker, int64_t cell, int64_t n);
     void plan_copy(cuda_worker & worker, int from, int to);
     void clear(cuda_worker & worker);
-    void adopt(cuda_worker & worker, const store & rows); // says what the store says
-    // The tiles to be packed again when the marked rows change in place (ledger::update); nothing is sent.
-    void plan_update(const uint8_t * marked, ledger_step & step) { book_.update(marked, step); }
+    void adopt(cuda_worker & worker, const store & from); // the slots of this store's rows
+    // The tiles to be packed again when the marked rows change in place (slot_planner::update); nothing is sent.
+    void plan_update(const uint8_t * marked, slot_plan & plan) { planner_.update(marked, plan); }
 
     // Of the last plan, in device memory; until the next one.
     const pack_job * jobs() const { return jobs_; }
-    int              n_job() const { return (int) step_.jobs.size(); }
+    int              n_job() const { return (int) plan_.jobs.size(); }
     const int32_t *  source() const { return source_; }
     const int32_t *  slot() const { return slot_; }
     const int32_t *  place() const { return reinterpret_cast<const int32_t *>(place_.data()); }
 
-    const ledger & book() const { return book_; }
-    size_t         bytes() const;
+    const slot_planner & planner() const { return planner_; }
+    const slot_planner & book() const { return planner_; } // its old name, which native/tests/cuda_cases.h still uses
+    size_t               bytes() const;
 
   private:
     struct slice { // what one plan takes with it; used by turns
@@ -120,8 +63,8 @@ class cache_table {
 
     static constexpr int n_slice = 8;
     const api &          with_;
-    ledger               book_;
-    ledger_step          step_;
+    slot_planner         planner_;
+    slot_plan            plan_;
     device_block         place_;
     slice                slices_[n_slice];
     int                  turn_      = 0;
@@ -156,7 +99,7 @@ class cache_side {
     void                   update(cuda_worker & worker, const uint8_t * marked, uint16_t * staging, int64_t most_tiles, const rewrite & f);
     // All of it as a store on the host, bit for bit; and the other way round. The host waits. codec: of its tiles, nullptr when it has none.
     std::unique_ptr<store> to_store(cuda_worker & worker, std::shared_ptr<const tile_codec> codec) const;
-    void                   adopt(cuda_worker & worker, const store & rows);
+    void                   adopt(cuda_worker & worker, const store & from);
 
     device_side         on_device() const;
     const store_shape & shape() const { return shape_; }

@@ -36,7 +36,7 @@ template <class K, class... A> int start(K kernel, dim3 grid, int n_thread, size
 
 } // namespace gear::cuda
 
-#include "cuda/launch.h"
+#include "cuda/launch.cuh"
 
 namespace gear::cuda {
 

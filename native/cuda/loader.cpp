@@ -1,8 +1,8 @@
 #include "cuda/loader.h"
 
+#include "common/settings.h"
 #include "gearcpp.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
 #include <mutex>
@@ -18,8 +18,7 @@ constexpr const char * library_name = "libgearcpp-cuda.so";
 #endif
 
 std::string library_path() {
-    const char * named = getenv("GEARCPP_CUDA_LIBRARY");
-    if (named && *named) {
+    if (const char * named = settings::cuda_library()) {
         return named;
     }
     Dl_info info;

@@ -3,13 +3,13 @@
 #include "codec/config_text.h"
 #include "common/checksum.h"
 #include "common/error.h"
+#include "common/settings.h"
 #include "plugin/kv_devices.h"
 #include "plugin/kv_session.h"
 #include "session/callbacks.h"
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -217,7 +217,7 @@ GEAR_API gear::abi::reg * ggml_backend_init(void) {
         const std::lock_guard<std::mutex> guard(lock);
         if (!device) {
             gear::abi::open(nullptr);
-            const gear_device_params params = { gear::config_from_text(getenv("GEARCPP_KV")), nullptr, 0, 0, nullptr, nullptr, nullptr };
+            const gear_device_params params = { gear::config_from_text(gear::settings::kv_type()), nullptr, 0, 0, nullptr, nullptr, nullptr };
             device                          = new gear_device(params);
         }
     });

@@ -1,8 +1,7 @@
-// cache_node.h - what a node of ggml's graph does with a cache tensor. Cache: cache_tensor, or its like in device memory.
+// cache_node.h - what a node of ggml's graph does with cache tensors.
 #pragma once
 
-#include "gearcpp.h"
-#include "plugin/abi.h"
+#include "plugin/kv_buffer.h"
 
 namespace gear {
 
@@ -11,34 +10,27 @@ inline bool is_view_op(int op) {
     return op == number.op_none || op == number.op_view || op == number.op_reshape || op == number.op_permute || op == number.op_transpose;
 }
 
+// The cache tensor that a source of a node is, nullptr: none.
+inline cache_tensor * cache_of(const abi::tensor * source) {
+    return source ? kv_buffer::find(source) : nullptr;
+}
+
+bool        touches_cache(const abi::tensor * op);
+// The device on whose cache an op works; nullptr: on none.
+kv_device * cache_owner(const abi::tensor * op);
+
 // SET_ROWS of whole rows: cells from src[1], rows from src[0], into src[2].
-template <class Cache> bool is_row_write(const abi::tensor * op, const Cache & tensor) {
-    const abi::numbers & number = abi::number();
-    const abi::tensor *  rows = op->src[0], *cells = op->src[1];
-    return op->op == number.op_set_rows && op->ne[0] == tensor.n_embd && op->ne[2] == 1 && op->ne[3] == 1 && op->view_offs == 0 && rows->ne[2] == 1 &&
-           rows->ne[3] == 1 && (rows->type == number.type_f32 || rows->type == number.type_f16) &&
-           (cells->type == number.type_i64 || cells->type == number.type_i32);
-}
+bool is_row_write(const abi::tensor * op);
+// FLASH_ATTN_EXT over views of K (src[1]) and V (src[2]).
+bool is_attention(const abi::tensor * op);
+// The K-shift: ROPE in place over all cells of src[0], by src[1].
+bool is_shift(const abi::tensor * op);
 
-// The [d_head, n_kv, n_head_kv, n_stream] view that attention reads the cache through, from some stream on.
-template <class Cache> bool is_attention_view(const abi::tensor * view, const Cache & tensor) {
-    const size_t row = (size_t) tensor.row_bytes(), stream = row * (size_t) tensor.n_cell;
-    return view->ne[0] * view->ne[2] == tensor.n_embd && view->nb[0] == 2 && view->nb[1] == row && view->nb[2] == (size_t) view->ne[0] * 2 &&
-           view->ne[1] <= tensor.n_cell && (view->ne[3] == 1 || view->nb[3] == stream) && view->view_offs % stream == 0;
-}
+// Note what op does with cache tensors. false: it touches none.
+bool observe(const abi::tensor * op);
 
-template <class Cache> bool is_attention(const abi::tensor * op, const Cache * k, const Cache * v) {
-    return op->op == abi::number().op_flash_attn && k && v && k != v && k->side == GEAR_SIDE_K && v->side == GEAR_SIDE_V &&
-           is_attention_view(op->src[1], *k) && is_attention_view(op->src[2], *v) && op->src[0]->type == abi::number().type_f32;
-}
-
-// The K-shift: ROPE in place over all cells. `result`: the cache that op is a view of.
-template <class Cache> bool is_shift(const abi::tensor * op, const Cache & tensor, const Cache * result) {
-    const abi::tensor * rows = op->src[0];
-    return op->op == abi::number().op_rope && tensor.side == GEAR_SIDE_K && result == &tensor && rows->nb[2] == (size_t) tensor.row_bytes() &&
-           rows->ne[2] == tensor.n_cell * tensor.n_stream && rows->ne[3] == 1 && op->src[1]->type == abi::number().type_i32 &&
-           op->src[1]->ne[0] == rows->ne[2];
-}
+// The cells that a K-shift moves: u8 [n_stream * n_cell].   shift i32 [n]
+std::vector<uint8_t> shifted_cells(const void * shift, int64_t n);
 
 // A K-shift node for a few cells only: ROPE in place over rows that lie elsewhere.
 struct part_of_shift {

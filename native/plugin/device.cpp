@@ -1,15 +1,15 @@
 #include "plugin/device.h"
 
-#include "codec/basis.h"
-#include "codec/codec.h"
 #include "common/error.h"
 #include "common/memory.h"
+#include "common/settings.h"
 #include "plugin/cache_node.h"
+#include "plugin/cpu/device.h"
+#include "plugin/cuda/device.h"
 #include "plugin/kv_session.h"
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -30,8 +30,7 @@ struct device_tables {
     static const char * description(abi::device * device) { return of(device).description_.c_str(); }
     static void memory(abi::device * device, size_t * free, size_t * total) { abi::ggml().ggml_backend_dev_memory(of(device).inner_, free, total); }
 
-    // An integrated GPU over the CPU: llama.cpp offloads layers to it when it is asked to, and passes it by when there is a GPU.
-    static int type(abi::device * device) { return of(device).cuda_ ? abi::device_gpu : abi::device_igpu; }
+    static int type(abi::device * device) { return of(device).type(); }
 
     static void props(abi::device * device, abi::device_props * props) {
         props->name        = name(device);
@@ -39,20 +38,12 @@ struct device_tables {
         props->type        = type(device);
         props->device_id   = nullptr;
         memory(device, &props->memory_free, &props->memory_total);
-        if (of(device).cuda_) {
-            abi::device_props inner[2] = {}; // room for members that a later release may add
-            of(device).inner_->iface.get_props(of(device).inner_, inner);
-            props->device_id = inner->device_id;
-            props->caps      = inner->caps;
-            return;
-        }
-        // Members up to events only: mmap_support is not there in older releases, and weights never live here.
-        props->caps.async = props->caps.host_buffer = props->caps.buffer_from_host_ptr = props->caps.events = false;
+        of(device).describe(*props);
     }
 
     static abi::backend * init_backend(abi::device * device, const char *) {
         abi::backend *    backend = nullptr;
-        const gear_status status  = guarded([&] { backend = of(device).cuda_ ? of(device).cuda_->make_backend() : make_backend(of(device)); });
+        const gear_status status  = guarded([&] { backend = of(device).make_backend(); });
         if (status != GEAR_OK) {
             of(device).set_error(status, gear_last_error());
         }
@@ -65,7 +56,7 @@ struct device_tables {
         // Never no to an op on our cache: llama.cpp would abort. What it does with the cache decides what the cache becomes. And never yes to one on
         // another device's: here it would be done on a copy of the whole cache in f16.
         if (const kv_device * owner = cache_owner(op)) {
-            return owner == &self && (self.cuda_ ? cuda_wrapper::observe(op) : observe(op));
+            return owner == &self && observe(op);
         }
         // The loader asks with each weight in a size-0 buffer of our type: no, so that weights stay in the formats of the CPU (mmap, repacked). Those of a
         // GPU go where ggml-cuda has them.
@@ -73,27 +64,12 @@ struct device_tables {
         gear_side side;
         for (const abi::tensor * source : op->src) {
             const abi::tensor * root = source && source->view_src ? source->view_src : source;
-            if (!self.cuda_ && root && root->buf && root->buf->size == 0 && root->buf->buft == &self.type_ && !parse_cache_name(root->name, il, side)) {
+            if (!self.takes_weights() && root && root->buf && root->buf->size == 0 && root->buf->buft == &self.type_ &&
+                !parse_cache_name(root->name, il, side)) {
                 return false;
             }
         }
         return abi::ggml().ggml_backend_dev_supports_op(self.inner_, op);
-    }
-
-    // The device whose GEAR cache an op works on; nullptr: on none.
-    static const kv_device * cache_owner(const abi::tensor * op) {
-        const auto owner_of = [](const abi::tensor * tensor) -> const kv_device * {
-            return kv_buffer::find(tensor) ? &kv_buffer::of(tensor)->device() : cuda_wrapper::owner_of(tensor);
-        };
-        if (is_view_op(op->op)) {
-            return owner_of(op);
-        }
-        for (const abi::tensor * source : op->src) {
-            if (const kv_device * owner = source ? owner_of(source) : nullptr) {
-                return owner;
-            }
-        }
-        return nullptr;
     }
 
     static bool supports_buft(abi::device * device, abi::buffer_type * type) {
@@ -117,13 +93,11 @@ struct device_tables {
                 throw std::bad_alloc();
             }
             if (type == &self.type_ && self.take_sizes(size)) {
-                buffer = self.cuda_ ? self.cuda_->make_cache_buffer(size) : kv_buffer::make(self, size);
+                buffer = kv_buffer::make(self, size);
                 return;
             }
             buffer = abi::ggml().ggml_backend_buft_alloc_buffer(inner_type(type), size);
-            if (self.cuda_) {
-                self.cuda_->watch(buffer);
-            }
+            self.made_buffer(buffer);
         });
         if (status != GEAR_OK) {
             self.set_error(status, gear_last_error());
@@ -156,55 +130,33 @@ struct device_tables {
     static size_t        device_count(abi::reg *) { return 1; }
     static abi::device * device_at(abi::reg * reg, size_t) { return &of(reg).device_; }
 
-    static void * proc_address(abi::reg * reg, const char * name) {
-        if (of(reg).cuda_) { // the backend is the wrapped one's structure
-            if (strcmp(name, "ggml_backend_split_buffer_type") == 0) {
-                return nullptr; // llama.cpp refuses to split weights by rows then: the half of a layer has no cache of its own
-            }
-            if (strcmp(name, "ggml_backend_comm_init") == 0) { // asked for once by a device of ggml's that cuts every tensor up over several of ours
-                constexpr const char * reason =
-                    "split mode 'tensor' cuts a layer's cache up over GPUs, which a GEAR cache does not support; split by layers";
-                of(reg).set_error(GEAR_ERROR_UNSUPPORTED, reason); // fails the first graph
-                fprintf(stderr, "gearcpp: %s\n", reason);
-                return nullptr;
-            }
-            return abi::ggml().ggml_backend_reg_get_proc_address(abi::ggml().ggml_backend_dev_backend_reg(of(reg).inner_), name);
-        }
-        if (strcmp(name, "ggml_backend_set_n_threads") == 0) {
-            return reinterpret_cast<void *>(set_backend_threads);
-        }
-        if (strcmp(name, "ggml_backend_set_abort_callback") == 0) {
-            return reinterpret_cast<void *>(set_backend_abort);
-        }
-        return nullptr;
-    }
+    static void * proc_address(abi::reg * reg, const char * name) { return of(reg).proc_address(name); }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
-// Life
+// Making a device
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
 thread_local const kv_device * kv_device::lost_sizes_ = nullptr;
 
-kv_device::kv_device(const gear_device_params & params, const char * wanted, int index)
-    : callback(params.codec), callback_user(params.codec_user), config_(params.config), n_ubatch_(params.n_ubatch > 0 ? params.n_ubatch : 512) {
-    check_config(config_);
-    inner_ = strcmp(wanted, "CPU") == 0 ? abi::ggml().ggml_backend_dev_by_type(abi::device_cpu) : abi::ggml().ggml_backend_dev_by_name(wanted);
-    if (!inner_) {
+std::unique_ptr<kv_device> kv_device::make(const gear_device_params & params, const char * wanted, int index) {
+    abi::device * inner =
+        strcmp(wanted, "CPU") == 0 ? abi::ggml().ggml_backend_dev_by_type(abi::device_cpu) : abi::ggml().ggml_backend_dev_by_name(wanted);
+    if (!inner) {
         fail(GEAR_ERROR_INVALID, "this llama.cpp has no device '%s'", wanted);
     }
-    if (abi::ggml().ggml_backend_dev_type(inner_) != abi::device_cpu) {
-        if (callback) {
-            fail(GEAR_ERROR_UNSUPPORTED, "a codec of the caller's runs on the CPU, not on '%s'; set n_gpu_layers=0", wanted);
-        }
-        if (config_.k.rotate == rotate_weighted || config_.v.rotate == rotate_weighted) { // its kernels know no weights yet
-            fprintf(stderr, "gearcpp: rotate 'auto' is for the CPU; on '%s' channels are coded as they are (rotate False)\n", wanted);
-            config_.k.rotate = config_.k.rotate == rotate_weighted ? rotate_none : config_.k.rotate;
-            config_.v.rotate = config_.v.rotate == rotate_weighted ? rotate_none : config_.v.rotate;
-        }
-        cuda_      = std::make_unique<cuda_wrapper>(*this, inner_);
-        alignment_ = std::max(alignment_, abi::ggml().ggml_backend_buft_get_alignment(abi::ggml().ggml_backend_dev_buffer_type(inner_)));
+    if (abi::ggml().ggml_backend_dev_type(inner) == abi::device_cpu) {
+        return std::make_unique<cpu_device>(params, inner, index);
     }
+    if (params.codec) {
+        fail(GEAR_ERROR_UNSUPPORTED, "a codec of the caller's runs on the CPU, not on '%s'; set n_gpu_layers=0", wanted);
+    }
+    return std::make_unique<cuda_device>(params, inner, index);
+}
+
+kv_device::kv_device(const gear_device_params & params, abi::device * inner, int index, size_t alignment)
+    : method_(params.config, params.codec, params.codec_user), n_ubatch_(params.n_ubatch > 0 ? params.n_ubatch : 512), inner_(inner),
+      alignment_(std::max<size_t>(tile_align, alignment)) {
     for (int i = 0; i < params.n_layer; ++i) {
         layers_[params.layers[i].il] = params.layers[i];
     }
@@ -224,14 +176,11 @@ kv_device::kv_device(const gear_device_params & params, const char * wanted, int
     device_.iface.get_buffer_type = tables::type_of;
     device_.iface.supports_op     = tables::supports_op;
     device_.iface.supports_buft   = tables::supports_buft;
-    if (cuda_) {
-        cuda_->fill_in(device_.iface, inner_->iface);
-    }
-    device_.owner   = &reg_;
-    device_.context = this;
-    reg_            = { abi::api_version, { tables::reg_name, tables::device_count, tables::device_at, tables::proc_address }, this };
-    type_           = { { tables::type_name, tables::alloc, tables::alignment, tables::max_size, tables::alloc_size, tables::is_host }, &device_, this };
-    kv_type_        = type_;
+    device_.owner                 = &reg_;
+    device_.context               = this;
+    reg_                          = { abi::api_version, { tables::reg_name, tables::device_count, tables::device_at, tables::proc_address }, this };
+    type_    = { { tables::type_name, tables::alloc, tables::alignment, tables::max_size, tables::alloc_size, tables::is_host }, &device_, this };
+    kv_type_ = type_;
 }
 
 kv_device::~kv_device() = default;
@@ -249,59 +198,26 @@ size_t padded(size_t bytes, size_t alignment) {
 } // namespace
 
 store_shape kv_device::shape(const cache_tensor & tensor) const {
-    return shape(tensor.il, tensor.side, tensor.n_embd, tensor.n_cell, tensor.n_stream, tensor.use);
-}
-
-store_shape kv_device::shape(int il, gear_side side, int64_t n_embd, int64_t n_cell, int n_stream, const observed_use & use) const {
-    int        n_head = use.n_head, d_head = use.d_head;
-    const auto known = layers_.find(il);
+    int        n_head = tensor.use.n_head, d_head = tensor.use.d_head;
+    const auto known = layers_.find(tensor.il);
     if (known != layers_.end() && n_head == 0) {
         n_head = known->second.n_head_kv;
-        d_head = side == GEAR_SIDE_K ? known->second.d_head_k : known->second.d_head_v;
+        d_head = tensor.side == GEAR_SIDE_K ? known->second.d_head_k : known->second.d_head_v;
     }
-    if ((int64_t) n_head * d_head != n_embd) {
+    if ((int64_t) n_head * d_head != tensor.n_embd) {
         n_head = d_head = 0;
     }
-    return { il, side, n_head, d_head, n_cell, n_stream, config_.tile, config_.n_tail, config_.n_sink, std::max(n_ubatch_, use.n_rows) };
-}
-
-std::shared_ptr<const tile_codec> kv_device::make_codec(const store_shape & shape, const tile_layout *& layout) const {
-    layout = nullptr;
-    if ((shape.side == GEAR_SIDE_K ? config_.k : config_.v).bits == 16) {
-        return nullptr;
-    }
-    if (callback) {
-        return std::make_shared<callback_tile_codec>(config_, shape.il, shape.side, shape.d_head, callback, callback_user);
-    }
-    auto codec = std::make_shared<gear_tile_codec>(config_, shape.side, shape.d_head);
-    layout     = &codec->layout();
-    return codec;
-}
-
-size_t kv_device::tile_bytes(const store_shape & shape) const {
-    if ((shape.side == GEAR_SIDE_K ? config_.k : config_.v).bits == 16) {
-        return 0;
-    }
-    return callback ? callback_tile_codec::tile_bytes(config_, shape.d_head) : (size_t) make_layout(config_, shape.side, shape.d_head).part.bytes;
-}
-
-bool kv_device::is_window(int64_t n_cell) const {
-    const char * choice = getenv("GEARCPP_SMALL_CACHE"); // "store": no cache is too small (for tests)
-    if (choice && strcmp(choice, "store") == 0) {
-        return false;
-    }
-    return n_cell <= (int64_t) config_.n_sink + config_.n_tail + n_ubatch_ + 2 * config_.tile;
+    return method_.shape(tensor.il, tensor.side, n_head, d_head, tensor.n_cell, tensor.n_stream, std::max(n_ubatch_, tensor.use.n_rows));
 }
 
 size_t kv_device::estimate(const abi::tensor * tensor, int il, gear_side side) const {
     const size_t nominal = abi::ggml().ggml_nbytes(tensor);
-    const char * report  = getenv("GEARCPP_NOMINAL_SIZE"); // "1": for llama.cpp built with assertions, which wants no less than nominal
-    if (is_window(tensor->ne[1]) || (report && strcmp(report, "1") == 0)) {
+    if (is_window(tensor->ne[1]) || settings::reports_nominal_sizes()) {
         return nominal;
     }
     size_t            bytes  = nominal;
     const gear_status status = guarded([&] {
-        store_shape shape = { il, side, 0, 0, tensor->ne[1], (int) tensor->ne[2], config_.tile, config_.n_tail, config_.n_sink, n_ubatch_ };
+        store_shape shape = method_.shape(il, side, 0, 0, tensor->ne[1], (int) tensor->ne[2], n_ubatch_);
         const auto  known = layers_.find(il);
         if (known != layers_.end()) {
             shape.n_head = known->second.n_head_kv;
@@ -310,7 +226,7 @@ size_t kv_device::estimate(const abi::tensor * tensor, int il, gear_side side) c
             shape.d_head = tensor->ne[0] % 128 == 0 ? 128 : tensor->ne[0] % 64 == 0 ? 64 : 32;
             shape.n_head = (int) (tensor->ne[0] / shape.d_head);
         }
-        bytes = std::min(nominal, store::bytes(shape, tile_bytes(shape)));
+        bytes = std::min(nominal, method_.bytes(shape));
     });
     return status == GEAR_OK ? padded(bytes, alignment_) : nominal;
 }
@@ -408,29 +324,12 @@ kv_session * kv_device::session_at(const void * data) {
 }
 
 std::vector<gear_store_stats> kv_device::stats() {
-    if (cuda_) {
-        return cuda_->stats();
-    }
     std::lock_guard<std::mutex>   none_goes(buffers_mutex_);
     std::vector<gear_store_stats> all;
     for (kv_buffer * buffer : buffers_) {
-        std::lock_guard<std::mutex> guard(buffer->lock);
-        buffer->stats(all);
+        locked_use(buffer->memory(), [&] { buffer->stats(all); });
     }
     return all;
-}
-
-void kv_device::count_scratch(int64_t change) {
-    std::lock_guard<std::mutex> guard(mutex_);
-    scratch_bytes_ += change;
-}
-
-int64_t kv_device::scratch_bytes() const {
-    if (cuda_) {
-        return cuda_->scratch_bytes();
-    }
-    std::lock_guard<std::mutex> guard(mutex_);
-    return scratch_bytes_;
 }
 
 } // namespace gear

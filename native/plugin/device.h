@@ -1,9 +1,10 @@
-// device.h - the ggml device that wraps another one: owns the KV cache, hands everything else to the device it wraps.
+// device.h - the ggml device that wraps another one: owns the KV cache, hands everything else to the device it wraps. What depends on the wrapped device
+// is in its two forms, plugin/cpu/device.h and plugin/cuda/device.h.
 #pragma once
 
+#include "cache/cache_method.h"
 #include "common/error.h"
 #include "plugin/abi.h"
-#include "plugin/cuda_wrapper.h"
 #include "plugin/kv_buffer.h"
 
 #include <deque>
@@ -21,26 +22,37 @@ class kv_session;
 
 class kv_device {
   public:
-    // wanted: ggml's device to wrap. Throws gear::error: bad configuration, unknown device. ggml must be open.
-    kv_device(const gear_device_params & params, const char * wanted, int index);
-    ~kv_device();
+    // A device over one of ggml's. Throws gear::error: bad configuration, unknown device. ggml must be open.
+    static std::unique_ptr<kv_device> make(const gear_device_params & params, const char * wanted, int index);
+    virtual ~kv_device();
+    kv_device(const kv_device &)             = delete;
+    kv_device & operator=(const kv_device &) = delete;
 
-    abi::device *       ggml_device() { return &device_; }
-    abi::device *       inner() const { return inner_; }
-    abi::buffer_type *  kv_type() { return &kv_type_; }
-    cuda_wrapper *      cuda() const { return cuda_.get(); }
-    const gear_config & config() const { return config_; }
-    int                 n_ubatch() const { return n_ubatch_; }
+    abi::device *        ggml_device() { return &device_; }
+    abi::device *        inner() const { return inner_; }
+    abi::buffer_type *   kv_type() { return &kv_type_; }
+    const cache_method & method() const { return method_; }
+    int                  n_ubatch() const { return n_ubatch_; }
 
-    // Shape of one side of a layer: from the head table, else from what the graph showed; n_head 0: not known.
-    store_shape                       shape(const cache_tensor & tensor) const;
-    store_shape                       shape(int il, gear_side side, int64_t n_embd, int64_t n_cell, int n_stream, const observed_use & use) const;
-    // A codec for one side of a layer; nullptr when that side is kept as f16. `layout` is set for GEAR's own codec.
-    std::shared_ptr<const tile_codec> make_codec(const store_shape & shape, const tile_layout *& layout) const;
-    // Bytes of its tiles, without making one: 0 when that side is kept as f16.
-    size_t                            tile_bytes(const store_shape & shape) const;
+    // What depends on the wrapped device.
+    virtual int                           type() const                              = 0; // as llama.cpp sees it
+    virtual void                          describe(abi::device_props & props) const = 0; // its id and what it can do
+    virtual abi::backend *                make_backend()                            = 0; // throws gear::error
+    virtual std::unique_ptr<cache_memory> make_memory(size_t nominal) const         = 0; // of a KV buffer; throws gear::error
+    virtual bool                          takes_weights() const                     = 0; // as its own buffers have them
+    virtual void                          made_buffer(abi::buffer * buffer)         = 0; // of the wrapped device's: no KV buffer
+    virtual void *                        proc_address(const char * name)           = 0; // a function of its registry; nullptr: none
+    virtual int64_t                       scratch_bytes() const                     = 0;
+    // A new tensor of so many cells stays an ordinary f16 tensor of the wrapped device's.
+    virtual bool                          is_ordinary(int64_t n_cell) const         = 0;
+    // What a layer is to become, when it is first used.   decides_together: all that are known by then become it
+    virtual cache_kind                    kind_of(const cache_layer & layer) const  = 0;
+    virtual bool                          decides_together() const                  = 0;
+
+    // Shape of one side of a layer: from what the graph showed, else from the head table; n_head 0: not known.
+    store_shape shape(const cache_tensor & tensor) const;
     // A cache so small that the pool of exact rows would hold all of it.
-    bool                              is_window(int64_t n_cell) const;
+    bool        is_window(int64_t n_cell) const { return method_.is_window(n_cell, n_ubatch_); }
 
     // Bytes to tell llama.cpp for a cache tensor. The same at every call, because llama.cpp aborts when they grow between two of them: so nothing is
     // allocated here, which could fail.
@@ -55,8 +67,6 @@ class kv_device {
     void                          add(kv_session * session);
     void                          remove(kv_session * session);
     kv_session *                  session_at(const void * data); // the one whose window the address is in, nullptr: none
-    void                          count_scratch(int64_t change);
-    int64_t                       scratch_bytes() const;
 
     // Sizes that llama.cpp has asked for on this thread: the KV buffer is recognised by their sum.
     void note_cache_size(int il, gear_side side, size_t bytes);
@@ -64,10 +74,13 @@ class kv_device {
     // true: an allocation of this size is the KV buffer. Throws gear::error when the cache would share a buffer with other tensors.
     bool take_sizes(size_t size);
 
-    const gear_codec_callback callback;
-    void * const              callback_user;
-
     static kv_device & of(abi::device * device) { return *static_cast<kv_device *>(device->context); }
+
+  protected:
+    // alignment: that the wrapped device wants
+    kv_device(const gear_device_params & params, abi::device * inner, int index, size_t alignment);
+
+    abi::device device_;
 
   private:
     // Keep a size asked for. Where memory is short for that, the allocation that follows fails: it could not be told apart from others. Nothing is thrown,
@@ -89,12 +102,11 @@ class kv_device {
     };
 
     std::string                                  name_, description_, type_name_, kv_type_name_;
-    gear_config                                  config_;
+    cache_method                                 method_;
     std::map<int, gear_layer>                    layers_;
     int                                          n_ubatch_;
     abi::device *                                inner_;
-    size_t                                       alignment_ = tile_align; // of buffers: a cache line, or what the wrapped device wants
-    abi::device                                  device_;
+    size_t                                       alignment_; // of buffers: a cache line, or what the wrapped device wants
     abi::reg                                     reg_;
     abi::buffer_type                             type_, kv_type_;
     mutable std::mutex                           mutex_;
@@ -103,18 +115,7 @@ class kv_device {
     std::set<kv_buffer *>                        buffers_;
     std::set<kv_session *>                       sessions_;
     kept_error                                   error_;
-    std::unique_ptr<cuda_wrapper>                cuda_; // when a CUDA device is wrapped
-    int64_t                                      scratch_bytes_ = 0;
     friend struct device_tables;
 };
-
-// The wrapping backend of a device (backend.cpp). NULL with gear_last_error() set when the inner one could not be made.
-abi::backend * make_backend(kv_device & device);
-bool           is_gear_backend(const abi::backend * backend);
-void           set_backend_threads(abi::backend * backend, int n_threads);
-void           set_backend_abort(abi::backend * backend, abi::abort_callback callback, void * data);
-
-// Note what op does with cache tensors. false: it touches none.
-bool observe(const abi::tensor * op);
 
 } // namespace gear

@@ -1,42 +1,23 @@
-// kv_buffer.h - the buffer that llama.cpp's KV cache lives in: for each cache tensor either a GEAR store or, where GEAR cannot or need not pack, plain
-// f16.
+// kv_buffer.h - the buffer that llama.cpp's KV cache lives in, in host memory or a GPU's: for each cache tensor either GEAR's cache of that side of the
+// layer (cache/side_cache.h) or, where GEAR cannot or need not pack, plain f16.
 //
 // llama.cpp makes the cache as f16 tensors cache_k_l<il> / cache_v_l<il> of [n_embd, n_cell, n_stream]. Each gets address space of its nominal size, so
-// that views and offsets mean what llama.cpp thinks, but no memory behind it. What the tensor becomes is *settled* when its layer is first computed (or
-// restored): by then the graph has shown every operation on it. A GEAR tensor's bytes are in its store; a plain one's address space is made memory.
+// that views and offsets mean what llama.cpp thinks, but no memory behind it. What the tensor becomes is *decided* when its layer is first computed (or
+// restored): by then the graph has shown every operation on it. A GEAR tensor's rows are in its cache; a plain one's address space is made memory.
 #pragma once
 
+#include "cache/side_cache.h"
 #include "plugin/abi.h"
-#include "plugin/session_tensor.h"
-#include "store/gear_codec.h"
-#include "store/store.h"
 
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
 namespace gear {
 
 class kv_device;
-
-// A range of addresses without memory behind it until commit().
-class address_range {
-  public:
-    explicit address_range(size_t bytes);
-    ~address_range();
-    address_range(const address_range &)             = delete;
-    address_range & operator=(const address_range &) = delete;
-
-    char * data() const { return data_; }
-    size_t size() const { return size_; }
-    void   commit(); // readable and writable, zero. Throws gear::error when memory is short.
-
-  private:
-    char * data_;
-    size_t size_;
-};
+class kv_buffer;
 
 // Values of gear_store_stats.kind.
 enum class cache_kind { undecided = -1, gear = 0, f16_window = 1, f16_other_use = 2, f16_asked = 3 };
@@ -52,25 +33,36 @@ struct observed_use {
     std::string other;      // an operation that GEAR does not cover, "" when there was none
 };
 
-class kv_buffer;
+struct cache_tensor {
+    cache_tensor(kv_buffer & home, const abi::tensor * tensor, int il, gear_side side);
 
-struct cache_tensor final : session_tensor {
-    cache_tensor(kv_buffer & home, abi::tensor * tensor, int il, gear_side side);
+    int64_t row_bytes() const { return n_embd * 2; }
+    int64_t stream_bytes() const { return n_cell * row_bytes(); }
+    char *  data() const { return f16 ? f16->data() : space.data(); } // what llama.cpp takes for its address
+    bool    is_store() const { return cache != nullptr; }             // also as the f16 partner of a packed side
+    // It was plain f16 in the wrapped device's own memory from the first: ggml computes with it as with any other tensor.
+    bool    is_ordinary() const { return f16 && f16->data() != space.data(); }
 
-    bool is_store() const override { return rows != nullptr; }
-    void read_store(int n_threads, const reader & f) override;
-    void change_store(const changer & f) override;
+    // For sessions: pack the full tiles and read, or change what is there (side_cache.h). A plain tensor takes rows only.
+    void read_store(int n_threads, const side_cache::reader & f);
+    void change_store(const side_cache::changer & f);
 
-    kv_buffer &   home;
-    int64_t       n_cell;
-    int           n_stream;
-    address_range space;
-    observed_use  use;
-    cache_kind    kind = cache_kind::undecided;
+    kv_buffer &     home;
+    const int       il;
+    const gear_side side;
+    const int64_t   n_embd; // elements of a row
+    const int64_t   n_cell; // of a stream
+    const int       n_stream;
+    address_range   space;
+    observed_use    use;
+    cache_kind      kind  = cache_kind::undecided;
+    side_cache *    cache = nullptr; // of a GEAR tensor, or of its partner kept as f16
+    f16_memory *    f16   = nullptr; // of a plain one
+};
 
-    std::shared_ptr<const tile_codec> codec;            // of a GEAR tensor
-    const tile_layout *               layout = nullptr; // of codec, when it is GEAR's own
-    std::unique_ptr<store>            rows;             // of a GEAR tensor, or of its partner kept as f16
+// The two tensors of a layer.
+struct cache_layer {
+    std::unique_ptr<cache_tensor> side[2]; // [gear_side]
 };
 
 class kv_buffer {
@@ -78,22 +70,19 @@ class kv_buffer {
     kv_buffer(kv_device & device, size_t size);
     ~kv_buffer();
 
-    // The cache tensor that a tensor is, or is a view of; nullptr: not one of this library's.
+    // The cache tensor that a tensor is, or is a view of; nullptr: none of this library's, or an ordinary one.
     static cache_tensor * find(const abi::tensor * tensor);
     static kv_buffer *    of(const abi::tensor * tensor);
 
     // Decide what the layer becomes, once. Throws gear::error.
-    void settle(int il);
-    void settle_all();
+    void decide(int il);
 
     void stats(std::vector<gear_store_stats> & out);
-
-    std::mutex lock; // held while a graph that touches this buffer is computed, and while ggml reads or changes it
 
     // A ggml buffer around a new kv_buffer. Throws gear::error.
     static abi::buffer * make(kv_device & device, size_t size);
 
-    // ggml's buffer interface
+    // ggml's buffer interface. The caller holds the memory's lock, inside its use().
     void * base() const { return base_.data(); }
     void   add(abi::tensor * tensor);
     void   set(const abi::tensor * tensor, const void * data, size_t offset, size_t size);
@@ -102,21 +91,18 @@ class kv_buffer {
     bool   copy(const abi::tensor * source, const abi::tensor * target);
     void   clear(uint8_t value);
 
-    kv_device & device() const { return device_; }
-
-    // Write rows f16 [n, n_embd] into cells of a settled tensor.
-    void write_cells(cache_tensor & tensor, int64_t n, const int64_t * cells, const uint16_t * rows);
+    kv_device &    device() const { return device_; }
+    cache_memory & memory() const { return *memory_; }
 
   private:
-    struct cache_layer {
-        std::unique_ptr<cache_tensor> side[2]; // [gear_side]
-    };
-    cache_kind decide(const cache_layer & layer) const;
-    void       write_rows(cache_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows);
+    void decide(cache_layer & layer);
+    void make_f16(cache_tensor & tensor, cache_kind kind);
+    void write_rows(cache_tensor & tensor, int64_t cell, int64_t n, const uint16_t * rows);
 
-    kv_device &                device_;
-    address_range              base_; // where ggml's allocator thinks the tensors lie
-    std::map<int, cache_layer> layers_;
+    kv_device &                   device_;
+    address_range                 base_; // where ggml's allocator thinks the tensors lie
+    std::unique_ptr<cache_memory> memory_;
+    std::map<int, cache_layer>    layers_;
 };
 
 } // namespace gear

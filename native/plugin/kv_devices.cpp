@@ -1,12 +1,11 @@
 #include "plugin/kv_devices.h"
 
 #include "common/error.h"
+#include "common/settings.h"
 #include "cuda/loader.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 
 namespace gear {
 
@@ -18,15 +17,10 @@ kv_devices & self(abi::reg * reg) {
     return *static_cast<kv_devices *>(reg->context);
 }
 
-bool is_gpu_wanted() {
-    const char * wanted = getenv("GEARCPP_CUDA");
-    return wanted && strcmp(wanted, "1") == 0;
-}
-
 // Tests name a library whose GPUs are played by the CPU; ggml knows those once it is loaded.
 void load_named_library() {
     std::string problem;
-    if (getenv("GEARCPP_CUDA_LIBRARY") && !cuda::load(problem)) { // a test must not pass because it ran without what it names
+    if (settings::cuda_library() && !cuda::load(problem)) { // a test must not pass because it ran without what it names
         fail(GEAR_ERROR_UNSUPPORTED, "%s", problem.c_str());
     }
 }
@@ -36,7 +30,7 @@ void load_named_library() {
 // The CPU, as long as the cache on a GPU is for those who ask for it.
 std::string kv_devices::defaults() {
     std::string names;
-    if (is_gpu_wanted()) {
+    if (settings::allows_cuda()) {
         load_named_library();
         for (int i = 0; abi::ggml().ggml_backend_dev_by_name(("CUDA" + std::to_string(i)).c_str()); ++i) {
             names += (i > 0 ? ",CUDA" : "CUDA") + std::to_string(i);
@@ -47,12 +41,12 @@ std::string kv_devices::defaults() {
 
 kv_devices::kv_devices(const gear_device_params & params) {
     std::string names = params.device ? params.device : defaults();
-    if (is_gpu_wanted()) {
+    if (settings::allows_cuda()) {
         load_named_library();
     }
     while (!names.empty()) {
         const size_t comma = std::min(names.find(','), names.size());
-        each_.push_back(std::make_unique<kv_device>(params, names.substr(0, comma).c_str(), n_made++));
+        each_.push_back(kv_device::make(params, names.substr(0, comma).c_str(), n_made++));
         names.erase(0, comma + 1);
     }
     if (each_.empty()) {

@@ -66,7 +66,7 @@ uint8_t * kv_session::window() const {
     return (uint8_t *) window_->data();
 }
 
-bool kv_session::note_saved(session_tensor & tensor, const row_range & rows, size_t size, const void * data) {
+bool kv_session::note_saved(cache_tensor & tensor, const row_range & rows, size_t size, const void * data) {
     if (size == 0 || !tensor.is_store() || !is_whole(rows, size, (size_t) tensor.row_bytes())) {
         return false;
     }
@@ -232,10 +232,9 @@ void kv_session::attach(kv_devices * devices) {
         fail(GEAR_ERROR_DATA, "it is of a GEAR cache, and this context has none");
     }
     for (const kept_tensor & kept : kept_) {
-        const tile_layout * layout;
-        const auto          codec = (*devices)[0].make_codec(kept.image.shape, layout);
-        require_codec(kept.image, codec.get());
-        const gear_config & config = (*devices)[0].config();
+        const cache_method & method = (*devices)[0].method();
+        require_codec(kept.image, method.codec(kept.image.shape).codec.get());
+        const gear_config & config = method.config();
         const store_shape & shape  = kept.image.shape;
         if (shape.tile != config.tile || shape.n_tail != config.n_tail || shape.n_sink != config.n_sink) {
             fail(GEAR_ERROR_DATA, "its cache has tiles of %d cells, a tail of %d and %d sinks; this one %d, %d and %d", shape.tile, shape.n_tail,
@@ -245,7 +244,7 @@ void kv_session::attach(kv_devices * devices) {
     listen(devices);
 }
 
-bool kv_session::note_restored(session_tensor & tensor, const row_range & rows, size_t size, const void * data) {
+bool kv_session::note_restored(cache_tensor & tensor, const row_range & rows, size_t size, const void * data) {
     if (size == 0 || !is_whole(rows, size, (size_t) tensor.row_bytes())) {
         return false;
     }
@@ -268,7 +267,7 @@ bool kv_session::note_restored(session_tensor & tensor, const row_range & rows, 
         const int64_t      skip  = (int64_t) ((offset - range.offset) / row);
         const int64_t      n_now = std::min<int64_t>(n, (int64_t) (range.size / row) - skip);
         kept->tensor             = &tensor;
-        kept->places.push_back({ range.cell + skip, n_now, cell });
+        kept->moves.push_back({ range.cell + skip, n_now, cell });
         offset += n_now * row;
         cell += n_now;
         n -= n_now;
@@ -282,14 +281,13 @@ int64_t kv_session::restore_tensor(kept_tensor & kept) {
         fail(GEAR_ERROR_DATA, "llama.cpp did not take back what it saved of layer %d: is this another release of it?", image.shape.il);
     }
     int64_t n_changed = 0;
-    kept.tensor->change_store([&](store * rows, const tile_codec * codec, const row_writer & write) {
+    kept.tensor->change_store([&](store * cells, const tile_codec * codec, const row_writer & write) {
         std::shared_ptr<const tile_codec> own;
         if (!codec && image.tile_bytes > 0) { // a cache too small to gain from packing takes the rows
-            const tile_layout * layout;
-            own   = (*devices_)[0].make_codec(image.shape, layout);
+            own   = (*devices_)[0].method().codec(image.shape).codec;
             codec = own.get();
         }
-        n_changed = restore_image(*in_, image, kept.places, rows, codec, write);
+        n_changed = restore_image(*in_, image, kept.moves, cells, codec, write);
     });
     return n_changed;
 }

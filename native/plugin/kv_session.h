@@ -1,9 +1,9 @@
 // kv_session.h - a whole context on its way to a file and back: what llama.cpp says of its cells, and the stores as they are.
 //
-// llama.cpp saves its state into memory that this library gives it (the window), and restores it from there. Of a row that is in a store only the place is
-// noted: get_tensor and set_tensor are called with addresses in the window, which say where the row lies in llama.cpp's state and in which cell. Nothing
-// is written there, and pages that nobody writes cost no memory. So no f16 copy of the cache exists, and nothing here depends on how llama.cpp arranges
-// its state. Rows that are in no store (plain f16 tensors, recurrent states) travel in the state as bytes.
+// llama.cpp saves its state into memory that this library gives it (the window), and restores it from there. Of a row that is in a store only the offset
+// is noted: get_tensor and set_tensor are called with addresses in the window, which say where the row lies in llama.cpp's state and in which cell.
+// Nothing is written there, and pages that nobody writes cost no memory. So no f16 copy of the cache exists, and nothing here depends on how llama.cpp
+// arranges its state. Rows that are in no store (plain f16 tensors, recurrent states) travel in the state as bytes.
 //
 //     section note     the caller's
 //     section state    u64 size of the state;  u64 n_part;  n_part x { u64 offset, u64 size };  the bytes of the parts. What no part covers is in stores.
@@ -12,7 +12,7 @@
 #pragma once
 
 #include "plugin/cache_bytes.h"
-#include "plugin/session_tensor.h"
+#include "session/store_image.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -23,6 +23,7 @@ namespace gear {
 
 class address_range;
 class kv_devices;
+struct cache_tensor;
 
 class kv_session {
   public:
@@ -50,18 +51,18 @@ class kv_session {
     // From the buffer, while llama.cpp saves or restores.
     bool has(const void * data) const { return window() <= data && data < window() + n_window_; }
     // `size` bytes at data, which is in the window, are these rows of the tensor. false: they are (or have to go) in the window itself.
-    bool note_saved(session_tensor & tensor, const row_range & range, size_t size, const void * data);
-    bool note_restored(session_tensor & tensor, const row_range & range, size_t size, const void * data);
+    bool note_saved(cache_tensor & tensor, const row_range & range, size_t size, const void * data);
+    bool note_restored(cache_tensor & tensor, const row_range & range, size_t size, const void * data);
 
   private:
     struct saved_tensor {
-        session_tensor *        tensor;
+        cache_tensor *          tensor;
         std::vector<cell_range> ranges;
     };
     struct kept_tensor {
         store_image            image;
-        session_tensor *       tensor = nullptr;
-        std::vector<placement> places;
+        cache_tensor *         tensor = nullptr;
+        std::vector<cell_move> moves;
     };
     struct part { // of llama.cpp's state
         uint64_t offset, size;

@@ -23,8 +23,8 @@ bool covers(const std::vector<cell_range> & ranges, int64_t cell) {
     return after != ranges.begin() && cell < std::prev(after)->cell + std::prev(after)->n;
 }
 
-int64_t target_of(const std::vector<placement> & places, int64_t cell) {
-    const auto after = std::upper_bound(places.begin(), places.end(), cell, [](int64_t c, const placement & place) { return c < place.from; });
+int64_t target_of(const std::vector<cell_move> & moves, int64_t cell) {
+    const auto after = std::upper_bound(moves.begin(), moves.end(), cell, [](int64_t c, const cell_move & move) { return c < move.from; });
     return std::prev(after)->to + (cell - std::prev(after)->from);
 }
 
@@ -263,9 +263,9 @@ class row_batch {
 
 class restorer {
   public:
-    restorer(const input & in, const store_image & image, const std::vector<placement> & places, store * target, const tile_codec * codec,
+    restorer(const input & in, const store_image & image, const std::vector<cell_move> & moves, store * target, const tile_codec * codec,
              const row_writer & write)
-        : in_(in), image_(image), places_(places), target_(fits(image, target) ? target : nullptr), codec_(codec), batch_(image.shape.n_embd(), write) {
+        : in_(in), image_(image), moves_(moves), target_(fits(image, target) ? target : nullptr), codec_(codec), batch_(image.shape.n_embd(), write) {
         if (codec) {
             heads_.reserve(tile_bytes(image));
             x_.resize((size_t) image.shape.tile * image.shape.d_head);
@@ -275,7 +275,7 @@ class restorer {
 
     void stream(int index) {
         const stream_image & of       = image_.streams[index];
-        // Rows of a stream before this one may have come here: then the clock runs already, and what was as it was has its place no more.
+        // Rows of a stream before this one may have come here: then the clock runs already, and exact rows cannot go back to the clock that they had.
         is_fresh_                     = target_ && index < target_->shape().n_stream && target_->clock(index) == 0;
         const bool           in_place = stays(index);
         std::vector<uint8_t> has_row(image_.shape.n_cell);
@@ -299,7 +299,7 @@ class restorer {
             if (in_place) {
                 target_->put_row(index, of.exact[i], row.data());
             } else {
-                std::copy(row.begin(), row.end(), batch_.add(target_of(places_, index * image_.shape.n_cell + of.exact[i].cell)));
+                std::copy(row.begin(), row.end(), batch_.add(target_of(moves_, index * image_.shape.n_cell + of.exact[i].cell)));
             }
         }
         batch_.finish();
@@ -323,7 +323,7 @@ class restorer {
     }
 
     // Whether a cell, a tile with all its cells, or a stream with all of its exact rows can be what it was where it was.
-    bool stays(int index, int64_t cell) const { return target_of(places_, index * image_.shape.n_cell + cell) == index * target_->shape().n_cell + cell; }
+    bool stays(int index, int64_t cell) const { return target_of(moves_, index * image_.shape.n_cell + cell) == index * target_->shape().n_cell + cell; }
     bool stays(int index, const tile_image & kept) const {
         if (!is_fresh_) {
             return false;
@@ -371,7 +371,7 @@ class restorer {
             const int64_t cell = kept.tile * shape.tile + token;
             if (kept.in_tile[token] && !has_row[cell]) {
                 const uint16_t * row = rows.data() + (size_t) token * shape.n_embd();
-                std::copy_n(row, shape.n_embd(), batch_.add(target_of(places_, index * shape.n_cell + cell)));
+                std::copy_n(row, shape.n_embd(), batch_.add(target_of(moves_, index * shape.n_cell + cell)));
                 ++n_changed_;
             }
         }
@@ -379,7 +379,7 @@ class restorer {
 
     const input &                  in_;
     const store_image &            image_;
-    const std::vector<placement> & places_;
+    const std::vector<cell_move> & moves_;
     store *                        target_; // nullptr: rows only
     const tile_codec *             codec_;
     row_batch                      batch_;
@@ -391,22 +391,22 @@ class restorer {
 
 } // namespace
 
-int64_t restore_image(const input & in, const store_image & image, std::vector<placement> places, store * target, const tile_codec * codec,
+int64_t restore_image(const input & in, const store_image & image, std::vector<cell_move> moves, store * target, const tile_codec * codec,
                       const row_writer & write) {
-    std::sort(places.begin(), places.end(), [](const placement & a, const placement & b) { return a.from < b.from; });
-    auto    place = places.begin();
-    int64_t at    = 0; // the next cell to be found
+    std::sort(moves.begin(), moves.end(), [](const cell_move & a, const cell_move & b) { return a.from < b.from; });
+    auto    move = moves.begin();
+    int64_t at   = 0; // the next cell to be found
     for (const cell_range & range : image.ranges) {
-        for (at = range.cell; at < range.cell + range.n; at += place->n, ++place) {
-            if (place == places.end() || place->from != at || place->n < 1 || place->n > range.cell + range.n - at) {
+        for (at = range.cell; at < range.cell + range.n; at += move->n, ++move) {
+            if (move == moves.end() || move->from != at || move->n < 1 || move->n > range.cell + range.n - at) {
                 fail(GEAR_ERROR_DATA, "llama.cpp did not take back what it saved of layer %d: is this another release of it?", image.shape.il);
             }
         }
     }
-    if (place != places.end()) {
+    if (move != moves.end()) {
         fail(GEAR_ERROR_DATA, "llama.cpp took back more than it saved of layer %d: is this another release of it?", image.shape.il);
     }
-    restorer restore(in, image, places, target, codec, write);
+    restorer restore(in, image, moves, target, codec, write);
     for (int index = 0; index < image.shape.n_stream; ++index) {
         restore.stream(index);
     }

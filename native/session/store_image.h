@@ -4,7 +4,7 @@
 //
 //     i32 layer, side, KV heads, channels of a head, tile, tail, sinks, streams;  i64 cells of a stream
 //     u64 bytes of a head's tile (0: a side kept as f16), u64 format of the tiles (tile_codec::format)
-//     u64 n_range;  n_range x { i64 first cell (stream * cells of a stream + cell), i64 cells, u64 place of the first row in llama.cpp's state }
+//     u64 n_range;  n_range x { i64 first cell (stream * cells of a stream + cell), i64 cells, u64 offset of the first row in llama.cpp's state }
 //     for each stream:  i64 clock, u64 n_tile, u64 n_exact
 //                       n_tile  x { i64 tile, u8 [T / 8] bit 1: the tile holds this cell }
 //                       n_exact x { i64 cell, i64 clock when written }, oldest first
@@ -58,8 +58,8 @@ store_image read_image(const input & in, const section & from);
 // Throws GEAR_ERROR_DATA unless tiles of this codec (nullptr: f16) are what the image holds.
 void        require_codec(const store_image & image, const tile_codec * codec);
 
-// Where cells come back.
-struct placement {
+// Cells that come back, and where to.
+struct cell_move {
     int64_t from; // global, in the image
     int64_t n;    //
     int64_t to;   // global, in the target
@@ -69,9 +69,9 @@ struct placement {
 using row_writer                = std::function<void(int64_t n, const int64_t * cells, const uint16_t * rows)>;
 constexpr int64_t restore_batch = 64;
 
-// `places` must cover the image's cells. target nullptr, or of another shape: everything goes through `write`. codec unpacks the image's tiles.
+// `moves` must cover the image's cells. target nullptr, or of another shape: everything goes through `write`. codec unpacks the image's tiles.
 // Returns the cells whose rows were not restored bit for bit, because they came out of a tile.
-int64_t restore_image(const input & in, const store_image & image, std::vector<placement> places, store * target, const tile_codec * codec,
+int64_t restore_image(const input & in, const store_image & image, std::vector<cell_move> moves, store * target, const tile_codec * codec,
                       const row_writer & write);
 
 } // namespace gear

@@ -16,14 +16,22 @@
 // Threads: write() and flush() are called by all threads of a team together. Everything else is called by one thread while nothing writes.
 #pragma once
 
+#include "common/error.h"
+#include "common/memory.h"
 #include "common/team.h"
 #include "gearcpp.h"
+#include "store/store_parts.h"
+#include "store/stream.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <new>
 #include <vector>
 
 namespace gear {
@@ -123,13 +131,12 @@ class store {
   public:
     // codec nullptr: every cell has an exact row (a side kept as f16). Throws gear::error when memory is short, before touching it.
     store(const store_shape & shape, std::shared_ptr<const tile_codec> codec);
-    ~store();
     store(const store &)             = delete;
     store & operator=(const store &) = delete;
 
-    const store_shape & shape() const;
-    size_t              tile_bytes() const;
-    int                 n_tile() const; // of a stream
+    const store_shape & shape() const { return shape_; }
+    size_t              tile_bytes() const { return codec_ ? codec_->tile_bytes() : 0; }
+    int                 n_tile() const { return n_tile_; } // of a stream
 
     // Memory that a store of this shape takes, without making one: what the plugin tells llama.cpp.   tile_bytes: of a head's tile, 0: none are packed
     static size_t bytes(const store_shape & shape, size_t tile_bytes);
@@ -143,8 +150,8 @@ class store {
     // together and just so later; the last, partly filled one is left to fill up.
     bool         flush(const team & t, bool full_only = false);
     // Why the last write or flush that failed did.
-    gear_status  status() const;
-    const char * message() const;
+    gear_status  status() const { return failure_.status; }
+    const char * message() const { return failure_.text; }
 
     // Rows cell .. cell + n - 1 (global) as f16 [n, n_embd]; unwritten cells as zeros.
     void read(int64_t cell, int64_t n, uint16_t * rows) const;
@@ -173,13 +180,89 @@ class store {
 
     // For attention.
     tile_view        view(int stream, int tile) const;
-    const uint16_t * row(int stream, int32_t slot) const; // f16 [n_embd]
+    const uint16_t * row(int stream, int32_t slot) const { return row_data(stream, slot); } // f16 [n_embd]
 
     gear_store_stats stats() const;
 
   private:
-    struct state;
-    std::unique_ptr<state> self;
+    uint8_t * tile_data(int stream, int64_t tile, int head) const {
+        return tiles_.data() + (((size_t) stream * n_tile_ + tile) * shape_.n_head + head) * tile_bytes();
+    }
+    uint16_t * row_data(int stream, int64_t slot) const { return (uint16_t *) pool_.data() + ((size_t) stream * n_row_ + slot) * shape_.n_embd(); }
+    int64_t    first_cell(int64_t tile) const { return tile * shape_.tile; }
+    int        n_token(int64_t tile) const { return (int) std::min<int64_t>(shape_.tile, shape_.n_cell - first_cell(tile)); }
+    void       require_range(int64_t cell, int64_t n, const char * what) const;
+
+    // Eviction (eviction.cpp).
+    pack_scratch scratch() const;
+    bool         may_leave(const stream_state & stream, const exact_row & row) const;
+    void         find_candidates(stream_state & stream);
+    void         choose_victims(int stream);
+    void         pack_victims(const team & t);
+    void         release_victims();
+    bool         encode(int stream, int64_t tile, int head, const uint8_t * marked, const uint16_t * changed, uint8_t * target) const;
+    void         load_head(int stream, int64_t tile, int head, const uint8_t * marked, const uint16_t * changed, const pack_scratch & parts) const;
+    void         teach(int stream, int64_t tile, const uint8_t * marked, const uint16_t * changed) const;
+    void         adopt(int stream, int64_t tile) const;
+    void         mark_packed(int stream, int64_t tile);
+
+    // Writing (write.cpp).
+    bool              is_covered(const team & t, int64_t n) const;
+    int64_t           first_invalid(int64_t n, const cell_source & cells) const;
+    [[noreturn]] void refuse(int64_t n, const cell_source & cells, int64_t invalid) const;
+    void              plan(int nth, int64_t n, const cell_source & cells);
+    void              plan_flush(bool full_only);
+    void              assign_rows(int64_t n, const cell_source & cells);
+    void              grant_allowance();
+    void              copy_rows(int64_t first, int64_t last, const cell_source & cells, const row_source & rows);
+    void              enlarge_pool(int64_t n_ubatch);
+
+    void                                     report(gear_status kind, const char * text);
+    template <class F> void                  attempt(F && f);
+    template <class Plan, class Commit> bool together(const team & t, Plan && plan, Commit && commit);
+
+    // Reading and rewriting.
+    void read_tile(int stream, int64_t tile, int first, int last, uint16_t * rows) const;
+    void rewrite_tile(int stream, int64_t tile, const uint8_t * marked, const rewrite & f);
+
+    store_shape                       shape_;
+    std::shared_ptr<const tile_codec> codec_;
+    int                               n_tile_;     // of a stream
+    int64_t                           n_row_;      // exact rows of a stream
+    int64_t                           n_row_most_; // rows of one write that are sure to find room
+    mapping                           tiles_;      // [n_stream, n_tile, n_head, tile_bytes]
+    mapping                           pool_;       // f16 [n_stream, n_row, n_embd]
+    std::vector<stream_state>         streams_;
+    bool                              is_empty_ = true; // as clear() leaves it
+    int64_t                           n_pack_   = 0;
+    int64_t                           n_write_  = 0; // number of the write in progress
+
+    // Eviction.
+    std::vector<int32_t>   candidate_of_; // [n_tile] index in candidates, -1: none
+    std::vector<candidate> candidates_;
+    std::vector<victim>    victims_;
+
+    // The team. A thread whose allowance covers a write knows, without asking the others, that it will need no room; all threads count alike.
+    std::vector<allowance> allowances_;        // [nth]
+    int                    allowance_nth_ = 0; // team for which they hold, 0: none
+    int64_t                granted_       = 0; // allowance that the write in progress ends with
+
+    std::atomic<bool> failed_{ false };
+    std::mutex        message_lock_;
+    kept_error        failure_;
 };
+
+// What a thread of the team does must not throw past the others.
+template <class F> void store::attempt(F && f) {
+    try {
+        f();
+    } catch (const std::bad_alloc &) {
+        report(GEAR_ERROR_MEMORY, "not enough memory for a write");
+    } catch (const error & e) {
+        report(e.status, e.what());
+    } catch (const std::exception & e) {
+        report(GEAR_ERROR_INTERNAL, e.what());
+    }
+}
 
 } // namespace gear

@@ -3,12 +3,12 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "cache/gear_codec.h"
 #include "check.h"
 #include "codec/codec.h"
 #include "common/error.h"
 #include "common/half.h"
 #include "cuda/cuda_cache.h"
-#include "store/gear_codec.h"
 #include "store/store.h"
 
 #include <algorithm>

@@ -391,7 +391,7 @@ inline float exp2_fast(float x) {
     return std::exp2(x);
 }
 
-// mma.sync.m16n8k16: who holds which entry is told in tile_device.h.
+// mma.sync.m16n8k16: who holds which entry is told in tile_device.cuh.
 template <class Value> void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
     struct fragments {
         uint32_t a[4], b[2];

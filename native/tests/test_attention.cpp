@@ -1,10 +1,10 @@
 // test_attention.cpp - every kernel level against plain attention in f64 on unpacked rows.
 #include "attention/attention.h"
 #include "attention/kernels.h"
+#include "cache/gear_codec.h"
 #include "check.h"
 #include "codec/codec.h"
 #include "common/half.h"
-#include "store/gear_codec.h"
 #include "store/store.h"
 
 #include <algorithm>

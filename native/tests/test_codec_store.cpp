@@ -1,8 +1,8 @@
 // The two codecs that a store can be given, without a store: GEAR itself and a caller's method.
 
+#include "cache/gear_codec.h"
 #include "codec_tiles.h"
 #include "common/team.h"
-#include "store/gear_codec.h"
 
 #include <atomic>
 #include <cstring>

@@ -1,12 +1,12 @@
 // Every allocation fails once: operator new, mappings and threads, the n-th of each operation for every n, alone or with all that follow. Each time the
 // call must say GEAR_ERROR_MEMORY, lose nothing that was in the cache, leak nothing, and work when it is tried again.
 #include "allocations.h"
+#include "cache/gear_codec.h"
 #include "check.h"
 #include "common/error.h"
 #include "common/half.h"
 #include "common/team.h"
 #include "gearcpp.h"
-#include "store/gear_codec.h"
 #include "store/store.h"
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 // Stores on their way to a file and back: the same cells bit for bit, other cells as rows, and nothing from a file that is not whole.
+#include "cache/gear_codec.h"
 #include "common/checksum.h"
 #include "common/error.h"
 #include "session/store_image.h"
-#include "store/gear_codec.h"
 #include "store_model.h"
 
 #include <string>
@@ -126,12 +126,12 @@ row_writer writer_to(store & cache) {
     };
 }
 
-std::vector<placement> in_place(const store_image & image) {
-    std::vector<placement> places;
+std::vector<cell_move> to_same_cells(const store_image & image) {
+    std::vector<cell_move> moves;
     for (const cell_range & range : image.ranges) {
-        places.push_back({ range.cell, range.n, range.cell });
+        moves.push_back({ range.cell, range.n, range.cell });
     }
-    return places;
+    return moves;
 }
 
 std::vector<uint16_t> row_of(const store & cache, int64_t cell) {
@@ -193,7 +193,7 @@ void test_in_place() {
         }
         const bytes_input in    = saved(cache, coding.get(), written(cache));
         const store_image image = image_in(in);
-        CHECK(restore_image(in, image, in_place(image), &twin, coding.get(), writer_to(twin)) == 0);
+        CHECK(restore_image(in, image, to_same_cells(image), &twin, coding.get(), writer_to(twin)) == 0);
         CHECK(same(cache, twin));
         for (int i = 0; i < 20; ++i) {
             random_step(random, { &cache, &twin });
@@ -218,7 +218,7 @@ void test_freed_cells() {
     std::fill(live.begin() + 7 * tile - 3, live.end(), 0);          // some of the tail
     const bytes_input in    = saved(cache, coding.get(), live);
     const store_image image = image_in(in);
-    CHECK(restore_image(in, image, in_place(image), &twin, coding.get(), writer_to(twin)) == 0);
+    CHECK(restore_image(in, image, to_same_cells(image), &twin, coding.get(), writer_to(twin)) == 0);
     CHECK(written(twin) == live);
     for (int64_t cell = 0; cell < shape.n_cell; ++cell) {
         CHECK(row_of(twin, cell) == (live[cell] ? row_of(cache, cell) : std::vector<uint16_t>(n_embd)));
@@ -245,22 +245,22 @@ void test_moved_cells() {
         }
         const bytes_input      in    = saved(cache, coding.get(), live);
         const store_image      image = image_in(in);
-        std::vector<placement> places;
+        std::vector<cell_move> moves;
         std::vector<int64_t>   from; // of each cell of the target, in order
         int64_t                next[2] = { 0, smaller.n_cell };
         for (const cell_range & range : image.ranges) {
             int64_t & to = next[range.cell / shape.n_cell];
-            places.push_back({ range.cell, range.n, to });
+            moves.push_back({ range.cell, range.n, to });
             to += range.n;
         }
-        std::vector<placement> shuffled = places;
+        std::vector<cell_move> shuffled = moves;
         std::shuffle(shuffled.begin(), shuffled.end(), random);
         const int64_t n_changed = restore_image(in, image, shuffled, &target, counting.get(), writer_to(target));
         CHECK(n_changed > 0);
         CHECK(counting->n_lost == 0);
-        for (const placement & place : places) {
-            for (int64_t i = 0; i < place.n; ++i) {
-                const std::vector<uint16_t> before = row_of(cache, place.from + i), after = row_of(target, place.to + i);
+        for (const cell_move & move : moves) {
+            for (int64_t i = 0; i < move.n; ++i) {
+                const std::vector<uint16_t> before = row_of(cache, move.from + i), after = row_of(target, move.to + i);
                 for (int c = 0; c < n_embd; ++c) {
                     CHECK(after[c] == before[c] || after[c] == chopped(before[c]));
                 }
@@ -303,9 +303,9 @@ void test_other_targets() {
         n_plain += n;
     };
     store packing(few_rows, coding), exact(tail_only, coding);
-    restore_image(in, image, in_place(image), &packing, coding.get(), writer_to(packing));
-    CHECK(restore_image(in, image, in_place(image), &exact, coding.get(), writer_to(exact)) == cache.stats().n_packed);
-    CHECK(restore_image(in, image, in_place(image), nullptr, coding.get(), to_plain) == cache.stats().n_packed);
+    restore_image(in, image, to_same_cells(image), &packing, coding.get(), writer_to(packing));
+    CHECK(restore_image(in, image, to_same_cells(image), &exact, coding.get(), writer_to(exact)) == cache.stats().n_packed);
+    CHECK(restore_image(in, image, to_same_cells(image), nullptr, coding.get(), to_plain) == cache.stats().n_packed);
     CHECK(n_plain == cache.stats().n_written);
     for (int64_t cell = 0; cell < shape.n_cell; ++cell) {
         const std::vector<uint16_t> row = row_of(cache, cell), packed = row_of(packing, cell);
@@ -317,7 +317,7 @@ void test_other_targets() {
     }
 }
 
-void test_places_must_cover() {
+void test_moves_must_cover() {
     std::mt19937      random(check::seed());
     const store_shape shape  = shape_of(4 * tile, 1, 8, 0, 16);
     const auto        coding = codec();
@@ -325,15 +325,15 @@ void test_places_must_cover() {
     write(cache, consecutive(3, 16), random_rows(random, 16, n_embd));
     const bytes_input                         in      = saved(cache, coding.get(), written(cache));
     const store_image                         image   = image_in(in);
-    const std::vector<std::vector<placement>> wrong[] = { { {} },
+    const std::vector<std::vector<cell_move>> wrong[] = { { {} },
                                                           { { { 3, 15, 3 } } },
                                                           { { { 3, 17, 3 } } },
                                                           { { { 4, 15, 4 } } },
                                                           { { { 3, 16, 3 }, { 19, 1, 19 } } },
                                                           { { { 3, 8, 3 }, { 10, 9, 10 } } },
                                                           { { { 3, 16, 3 }, { 3, 16, 3 } } } };
-    for (const auto & places : wrong) {
-        CHECK(refusal([&] { restore_image(in, image, places[0], &target, coding.get(), writer_to(target)); }).find("llama.cpp") == 0);
+    for (const auto & moves : wrong) {
+        CHECK(refusal([&] { restore_image(in, image, moves[0], &target, coding.get(), writer_to(target)); }).find("llama.cpp") == 0);
         CHECK(target.stats().n_written == 0);
     }
 }
@@ -408,7 +408,7 @@ void test_forged() {
             require_codec(image, coding.get());
             if (image.shape.n_head == n_head && image.shape.d_head == d_head && image.shape.tile == tile && image.shape.n_cell < 1000) {
                 store target(shape_of(image.shape.n_cell, 1, 4, 1, 8), coding);
-                restore_image(forged, image, in_place(image), &target, coding.get(), [&](int64_t n, const int64_t * cells, const uint16_t * rows) {
+                restore_image(forged, image, to_same_cells(image), &target, coding.get(), [&](int64_t n, const int64_t * cells, const uint16_t * rows) {
                     if (std::all_of(cells, cells + n, [&](int64_t cell) { return cell < image.shape.n_cell; })) {
                         writer_to(target)(n, cells, rows);
                     }
@@ -493,7 +493,7 @@ int main() {
     test_freed_cells();
     test_moved_cells();
     test_other_targets();
-    test_places_must_cover();
+    test_moves_must_cover();
     test_full_tiles_only();
     test_damage();
     test_forged();

@@ -1,6 +1,6 @@
 // The store with GEAR's own codec: what packing costs, when bytes are the same, and how a tile wears that is packed again and again. Then gear_cache_*.
+#include "cache/gear_codec.h"
 #include "common/error.h"
-#include "store/gear_codec.h"
 #include "store_model.h"
 
 #include <array>

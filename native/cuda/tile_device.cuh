@@ -1,4 +1,4 @@
-// tile_device.h - how the threads of a GPU read the bytes of a packed tile. What the bytes mean is told in codec/tile.h, the one description of them; a
+// tile_device.cuh - how the threads of a GPU read the bytes of a packed tile. What the bytes mean is told in codec/tile.h, the one description of them; a
 // tile packed on either device is read on the other.
 //
 // Bit layout, in short. Codes lie in planes of 4, 2 and 1 bits; a plane is made of lines of 64 bytes. Word i (0..15) of a line is 4 bytes, one for each
@@ -22,7 +22,7 @@
 #pragma once
 
 #include "cuda/arguments.h"
-#include "cuda/machine.h"
+#include "cuda/machine.cuh"
 
 namespace gear::cuda {
 

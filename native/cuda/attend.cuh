@@ -1,18 +1,17 @@
-// attend.h - what the kernels of attention share. Attention over packed tiles and exact rows, as attention/attention_scalar.cpp says it, is two kernels
+// attend.cuh - what the kernels of attention share. Attention over packed tiles and exact rows, as attention/attention_scalar.cpp says it, is two kernels
 // and a merge:
 //
-//     decode.h    few queries. A block takes 8 rows (query x query head of one KV head) through a range of tiles: the codes are read once for all of them
-//                 and go straight into tensor-core products (tile_device.h has the lane mapping). Ranges are merged by merge_kernel.
-//     prefill.h   many queries. A block takes 128 rows (64 for heads of more than 128 channels) through all tiles, a strip of cells at a time: the strip
-//     is
-//                 unpacked into f16 in shared memory, where all rows multiply with it. There is no f16 copy of the cache.
+//     decode.cuh  few queries. A block takes 8 rows (query x query head of one KV head) through a range of tiles: the codes are read once for all of them
+//                 and go straight into tensor-core products (tile_device.cuh has the lane mapping). Ranges are merged by merge_kernel.
+//     prefill.cuh many queries. A block takes 128 rows (64 for heads of more than 128 channels) through all tiles, a strip of cells at a time: the
+//                 strip is unpacked into f16 in shared memory, where all rows multiply with it. There is no f16 copy of the cache.
 //
 // The block's threads read the table of places, so that the host need not know what is packed when it launches; a captured graph stays valid.
 #pragma once
 
 #include "cuda/arguments.h"
-#include "cuda/pack.h"
-#include "cuda/tile_device.h"
+#include "cuda/pack.cuh"
+#include "cuda/tile_device.cuh"
 
 namespace gear::cuda {
 

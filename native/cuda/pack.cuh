@@ -1,4 +1,4 @@
-// pack.h - kernels that pack a tile, take rows out of it and put rows into the pool. One block of threads packs one tile of one head.
+// pack.cuh - kernels that pack a tile, take rows out of it and put rows into the pool. One block of threads packs one tile of one head.
 //
 // The steps, their order and their roundings are those of codec/codec.cpp and codec/stored.cpp, which say why; a tile comes out with the same bytes. With
 // L it agrees to the rounding of the power iteration's sums. What is large lies in the block's scratch, which the L2 holds: a tile is packed once in T
@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/arguments.h"
-#include "cuda/tile_device.h"
+#include "cuda/tile_device.cuh"
 
 namespace gear::cuda {
 

@@ -2,11 +2,14 @@
 // wrapped backend's own threads. The graph that llama.cpp gave is never changed: a shadow graph with its own node array is run, in which copies of those
 // nodes have become CUSTOM nodes.
 
+#include "plugin/cpu/backend.h"
+
 #include "attention/attention.h"
+#include "cache/host_side.h"
 #include "common/error.h"
 #include "plugin/attention_node.h"
 #include "plugin/cache_node.h"
-#include "plugin/device.h"
+#include "plugin/cpu/device.h"
 
 #include <algorithm>
 #include <atomic>
@@ -15,47 +18,6 @@
 #include <unistd.h>
 
 namespace gear {
-
-namespace {
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-// What ops do with cache tensors
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-
-cache_tensor * cache_of(const abi::tensor * source) {
-    return source ? kv_buffer::find(source) : nullptr;
-}
-
-} // namespace
-
-bool observe(const abi::tensor * op) {
-    if (is_view_op(op->op)) {
-        return kv_buffer::find(op) != nullptr;
-    }
-    bool touches = false;
-    for (int i = 0; i < abi::max_src; ++i) {
-        cache_tensor * tensor = cache_of(op->src[i]);
-        if (!tensor) {
-            continue;
-        }
-        touches = true;
-        std::lock_guard<std::mutex> guard(kv_buffer::of(op->src[i])->lock); // statistics may be asked for meanwhile
-        observed_use &              use = tensor->use;
-        if (i == 2 && is_row_write(op, *tensor)) {
-            use.n_rows = std::max(use.n_rows, (int) op->src[0]->ne[1]);
-        } else if ((i == 1 || i == 2) && is_attention(op, cache_of(op->src[1]), cache_of(op->src[2]))) {
-            use.d_head = (int) op->src[i]->ne[0];
-            use.n_head = (int) op->src[i]->ne[2];
-        } else if (!(i == 0 && is_shift(op, *tensor, kv_buffer::find(op))) && use.other.empty()) {
-            use.other = abi::ggml().ggml_op_name(op->op);
-        }
-    }
-    return touches;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-// The backend
-// ---------------------------------------------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -73,7 +35,7 @@ struct job {
 
 struct gear_backend {
     abi::backend   base; // first: ggml sees this
-    kv_device *    device;
+    cpu_device *   device;
     abi::backend * inner     = nullptr; // nullptr: it was given up, and the next graph makes another
     int            n_threads = 4;       // ggml's default
     barrier        sync;
@@ -145,8 +107,9 @@ void run_attention(abi::tensor *, int ith, int nth, void * userdata) {
     attention(j.attend, { ith, nth, &j.owner->sync }, j.owner->scratch());
 }
 
-attention_op make_attention(const abi::tensor * node, const cache_tensor & k, const cache_tensor & v) {
-    return { attention_params(node, k.row_bytes() * k.n_cell), k.rows.get(), v.rows.get(), k.layout, v.layout, default_rounding, bases_of(k.codec.get()) };
+// Caches of this device's tensors are in host memory.
+host_side & cache_in(const cache_tensor & tensor) {
+    return static_cast<host_side &>(*tensor.cache);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -208,15 +171,11 @@ int run_nodes(gear_backend & b, const abi::cgraph & like, abi::tensor ** nodes, 
 
 // The K-shift of a GEAR cache: only tiles with a shifted cell, each through ggml's own ROPE on a copy of its rows.
 int run_shift(gear_backend & b, const abi::cgraph & graph, const abi::tensor * node, cache_tensor & tensor) {
-    const auto *         shift = static_cast<const int32_t *>(node->src[1]->data); // [n_stream * n_cell]
-    std::vector<uint8_t> marked((size_t) node->src[1]->ne[0]);
-    for (size_t i = 0; i < marked.size(); ++i) {
-        marked[i] = shift[i] != 0;
-    }
-    int status = abi::graph_success;
-    tensor.rows->update(marked.data(), [&](int64_t first_cell, int n_token, uint16_t * rows) {
+    const std::vector<uint8_t> marked = shifted_cells(node->src[1]->data, node->src[1]->ne[0]);
+    int                        status = abi::graph_success;
+    tensor.cache->update(marked.data(), {}, [&](int64_t first_cell, int64_t n, uint16_t * rows) {
         part_of_shift part;
-        part.make(node, (size_t) tensor.row_bytes(), first_cell, n_token, rows, nullptr);
+        part.make(node, (size_t) tensor.row_bytes(), first_cell, n, rows, nullptr);
         abi::tensor * nodes[1] = { &part.rotated };
         const int     result   = run_nodes(b, graph, nodes, 1);
         status                 = result != abi::graph_success ? result : status;
@@ -231,21 +190,21 @@ struct buffer_locks {
         std::sort(buffers.begin(), buffers.end());
         buffers.erase(std::unique(buffers.begin(), buffers.end()), buffers.end());
         for (kv_buffer * buffer : buffers) {
-            buffer->lock.lock();
+            buffer->memory().lock().lock();
         }
     }
     ~buffer_locks() {
         for (kv_buffer * buffer : buffers) {
-            buffer->lock.unlock();
+            buffer->memory().lock().unlock();
         }
     }
 };
 
-void settle_touched(const abi::tensor * op) {
+void decide_touched(const abi::tensor * op) {
     for (const abi::tensor * source : op->src) {
         cache_tensor * tensor = cache_of(source);
         if (tensor && tensor->kind == cache_kind::undecided) {
-            kv_buffer::of(source)->settle(tensor->il);
+            tensor->home.decide(tensor->il);
         }
     }
 }
@@ -275,10 +234,10 @@ abi::tensor * shadow_of(gear_backend & b, abi::tensor * node, cache_tensor *& sh
         replaced                = &b.next_job(node);
         abi::custom_params call = { run_write, -1, replaced };
         if (node->op == number.op_set_rows) {
-            replaced->target = tensor->rows.get();
+            replaced->target = &cache_in(*tensor).cells();
             b.expect_packing(*replaced->target);
         } else {
-            replaced->attend = make_attention(node, *tensor, *cache_of(node->src[2]));
+            replaced->attend = attention_of(attention_params(node, tensor->stream_bytes()), cache_in(*tensor), cache_in(*cache_of(node->src[2])));
             scratch          = std::max(scratch, attention_scratch_bytes(replaced->attend, b.n_threads));
             call.fun         = run_attention;
         }
@@ -332,7 +291,7 @@ int compute(gear_backend & b, const abi::cgraph & graph) {
     for (int i = 0; i < graph.n_nodes && status == abi::graph_success; ++i) {
         abi::tensor * node = graph.nodes[i];
         if (!is_view_op(node->op)) {
-            settle_touched(node);
+            decide_touched(node);
         }
         cache_tensor * shift;
         abi::tensor *  shadow = shadow_of(b, node, shift, scratch);
@@ -387,17 +346,10 @@ int graph_compute(abi::backend * backend, abi::cgraph * graph) {
 
 } // namespace
 
-abi::backend * make_backend(kv_device & device) {
-    std::unique_ptr<gear_backend> b;
-    const gear_status             status = guarded([&] {
-        b         = std::make_unique<gear_backend>();
-        b->device = &device;
-        make_inner(*b);
-    });
-    if (status != GEAR_OK) {
-        device.set_error(status, gear_last_error());
-        return nullptr;
-    }
+abi::backend * make_backend(cpu_device & device) {
+    auto b    = std::make_unique<gear_backend>();
+    b->device = &device;
+    make_inner(*b);
     b->base                     = {};
     b->base.guid                = gear_guid;
     b->base.iface.get_name      = get_name;
@@ -406,10 +358,6 @@ abi::backend * make_backend(kv_device & device) {
     b->base.dev                 = device.ggml_device();
     b->base.context             = b.get();
     return &b.release()->base;
-}
-
-bool is_gear_backend(const abi::backend * backend) {
-    return backend && backend->guid == gear_guid;
 }
 
 void set_backend_threads(abi::backend * backend, int n_threads) {

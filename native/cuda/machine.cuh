@@ -1,5 +1,5 @@
-// machine.h - the few instructions that kernels use beyond C++ and CUDA's own words. In tests the header native/tests/cuda_on_cpu.h, included before this
-// one, gives them (and CUDA's words) their meaning on a CPU.
+// machine.cuh - the few instructions that kernels use beyond C++ and CUDA's own words. In tests the header native/tests/cuda_on_cpu.h, included before
+// this one, gives them (and CUDA's words) their meaning on a CPU.
 //
 // Everything here is compiled with -fmad=false, as the CPU's code is with -ffp-contract=off: a kernel that means a fused multiply-add says fmaf. So what
 // the codec computes comes out with the same bits on both.

@@ -1,4 +1,4 @@
-#include "store/gear_codec.h"
+#include "cache/gear_codec.h"
 
 #include "common/checksum.h"
 #include "common/half_rows.h"

@@ -1,7 +1,7 @@
-// prefill.h - attention of many queries: see attend.h.
+// prefill.cuh - attention of many queries: see attend.cuh.
 #pragma once
 
-#include "cuda/attend.h"
+#include "cuda/attend.cuh"
 
 namespace gear::cuda {
 

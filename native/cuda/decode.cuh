@@ -1,7 +1,7 @@
-// decode.h - attention of few queries: see attend.h.
+// decode.cuh - attention of few queries: see attend.cuh.
 #pragma once
 
-#include "cuda/attend.h"
+#include "cuda/attend.cuh"
 
 namespace gear::cuda {
 

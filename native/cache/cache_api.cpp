@@ -1,16 +1,13 @@
-// cache.cpp - gear_cache_*: the K and V store of one layer without llama.cpp, for tests and micro-benchmarks.
+// cache_api.cpp - gear_cache_*: the K and V cache of one layer without llama.cpp, for tests and micro-benchmarks.
 #include "attention/attention.h"
-#include "codec/codec.h"
+#include "cache/host_side.h"
 #include "common/error.h"
 #include "common/memory.h"
 #include "common/side.h"
 #include "session/callbacks.h"
 #include "session/store_image.h"
-#include "store/gear_codec.h"
-#include "store/store.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 namespace {
@@ -18,35 +15,22 @@ namespace {
 constexpr int     max_threads = 1024;
 constexpr int64_t max_rows    = 1 << 27; // of one attention op: its numbers of tasks and rows stay far below 2^31
 
-// One side: its store, and the layout of its tiles for attention. A side of 16 bits has no codec: every row stays f16.
-struct side_cache {
-    std::shared_ptr<const gear::gear_tile_codec> codec;
-    std::unique_ptr<gear::store>                 rows;
-
-    side_cache(const gear_cache_params & params, gear_side side) {
-        const gear_config &      config = params.config;
-        const gear_layer &       layer  = params.layer;
-        const int                d_head = side == GEAR_SIDE_K ? layer.d_head_k : layer.d_head_v;
-        const gear_side_config & coding = side == GEAR_SIDE_K ? config.k : config.v;
-        if (coding.bits < 16) {
-            codec = std::make_shared<gear::gear_tile_codec>(config, side, d_head);
-        }
-        const gear::store_shape shape = { layer.il,        side,        layer.n_head_kv, d_head,        params.n_cell,
-                                          params.n_stream, config.tile, config.n_tail,   config.n_sink, params.n_ubatch };
-        rows                          = std::make_unique<gear::store>(shape, codec);
-    }
-
-    const gear::tile_layout * layout() const { return codec ? &codec->layout() : nullptr; }
-};
+gear::host_side make_side(const gear::cache_method & method, const gear_cache_params & params, gear_side side) {
+    const gear_layer & layer  = params.layer;
+    const int          d_head = side == GEAR_SIDE_K ? layer.d_head_k : layer.d_head_v;
+    return { method.shape(layer.il, side, layer.n_head_kv, d_head, params.n_cell, params.n_stream, params.n_ubatch), method };
+}
 
 } // namespace
 
 struct gear_cache {
-    explicit gear_cache(const gear_cache_params & params) : k(params, GEAR_SIDE_K), v(params, GEAR_SIDE_V) {}
+    explicit gear_cache(const gear_cache_params & params)
+        : method(params.config), k(make_side(method, params, GEAR_SIDE_K)), v(make_side(method, params, GEAR_SIDE_V)) {}
 
-    side_cache k, v;
+    gear::cache_method method;
+    gear::host_side    k, v;
 
-    side_cache & side(const gear_side & side) { return gear::checked_side(side) == GEAR_SIDE_K ? k : v; }
+    gear::host_side & side(const gear_side & side) { return gear::checked_side(side) == GEAR_SIDE_K ? k : v; }
 };
 
 namespace {
@@ -90,28 +74,13 @@ void check_attention(const gear_attention_params & p, const gear::store_shape & 
     }
 }
 
-// Run one of the store's team operations on n_threads threads.
-template <class F> void run_on_store(gear::store & rows, int32_t n_threads, F && operation) {
-    require_threads(n_threads);
-    bool ok = true;
-    gear::run_team(n_threads, [&](const gear::team & t) {
-        const bool done = operation(t);
-        if (t.ith == 0) {
-            ok = done;
-        }
-    });
-    if (!ok) {
-        gear::fail(rows.status(), "%s", rows.message());
-    }
-}
-
 // The cells that hold a row, in ranges. `offset` is of llama.cpp's state, which there is none of.
-std::vector<gear::cell_range> written_ranges(const gear::store & rows) {
+std::vector<gear::cell_range> written_ranges(const gear::store & cells) {
     std::vector<gear::cell_range> ranges;
-    const gear::store_shape &     shape = rows.shape();
+    const gear::store_shape &     shape = cells.shape();
     for (int stream = 0; stream < shape.n_stream; ++stream) {
-        for (int tile = 0; tile < rows.n_tile(); ++tile) {
-            const gear::tile_view view = rows.view(stream, tile);
+        for (int tile = 0; tile < cells.n_tile(); ++tile) {
+            const gear::tile_view view = cells.view(stream, tile);
             for (int token = 0; token < view.n_token; ++token) {
                 const int64_t cell = stream * shape.n_cell + (int64_t) tile * shape.tile + token;
                 if (view.slot[token] < 0 && !view.in_tile[token]) {
@@ -128,62 +97,56 @@ std::vector<gear::cell_range> written_ranges(const gear::store & rows) {
     return ranges;
 }
 
-// One placement for each run of cells that stay side by side.
-std::vector<gear::placement> placements(const gear::store_image & image, const int64_t * to, int64_t n_all) {
-    std::vector<gear::placement> places;
+// One move for each run of cells that stay side by side.
+std::vector<gear::cell_move> moves_of(const gear::store_image & image, const int64_t * to, int64_t n_all) {
+    std::vector<gear::cell_move> moves;
     std::vector<bool>            is_taken((size_t) n_all);
     for (const gear::cell_range & range : image.ranges) {
         for (int64_t i = 0; i < range.n; ++i) {
-            const int64_t cell = range.cell + i, place = to ? to[cell] : cell;
-            if (place < 0 || place >= n_all || is_taken[(size_t) place]) {
+            const int64_t cell = range.cell + i, target = to ? to[cell] : cell;
+            if (target < 0 || target >= n_all || is_taken[(size_t) target]) {
                 gear::fail(GEAR_ERROR_INVALID, "cell %lld cannot go to cell %lld: that is none of the %lld, or one that another goes to", (long long) cell,
-                           (long long) place, (long long) n_all);
+                           (long long) target, (long long) n_all);
             }
-            is_taken[(size_t) place] = true;
-            if (i > 0 && places.back().to + places.back().n == place) {
-                ++places.back().n;
+            is_taken[(size_t) target] = true;
+            if (i > 0 && moves.back().to + moves.back().n == target) {
+                ++moves.back().n;
             } else {
-                places.push_back({ cell, 1, place });
+                moves.push_back({ cell, 1, target });
             }
         }
     }
-    return places;
+    return moves;
 }
 
-void save_side(const side_cache & side, gear::output & out) {
-    const gear::store &     rows  = *side.rows;
-    const gear::store_image image = gear::image_of(rows, side.codec.get(), written_ranges(rows));
+void save_side(const gear::host_side & side, gear::output & out) {
+    const gear::store_image image = gear::image_of(side.cells(), side.codec(), written_ranges(side.cells()));
     gear::write_head(out);
-    gear::write_section(out, gear::section_kind::tensor, [&](gear::output & to) { gear::write_image(to, image, rows); });
+    gear::write_section(out, gear::section_kind::tensor, [&](gear::output & to) { gear::write_image(to, image, side.cells()); });
     gear::write_section(out, gear::section_kind::end, [](gear::output &) {});
 }
 
-int64_t load_side(const side_cache & side, const gear::input & in, const int64_t * to) {
-    gear::store &             rows     = *side.rows;
-    const gear::store_shape & shape    = rows.shape();
+int64_t load_side(gear::host_side & side, const gear::input & in, const int64_t * to) {
+    const gear::store_shape & shape    = side.shape();
     const auto                sections = gear::check_sections(in);
     if (sections.size() != 1 || sections[0].kind != gear::section_kind::tensor) {
         gear::fail(GEAR_ERROR_DATA, "it is not what gear_cache_save wrote");
     }
     const gear::store_image   image = gear::read_image(in, sections[0]);
     const gear::store_shape & saved = image.shape;
-    gear::require_codec(image, side.codec.get());
+    gear::require_codec(image, side.codec());
     if (saved.side != shape.side || saved.n_head != shape.n_head || saved.d_head != shape.d_head || saved.n_cell != shape.n_cell ||
         saved.n_stream != shape.n_stream || saved.tile != shape.tile) {
         gear::fail(GEAR_ERROR_DATA, "it is of a cache of another shape");
     }
-    if (rows.stats().n_written > 0) {
-        gear::fail(GEAR_ERROR_INVALID, "this cache holds %lld rows: clear it first", (long long) rows.stats().n_written);
+    if (side.stats().n_written > 0) {
+        gear::fail(GEAR_ERROR_INVALID, "this cache holds %lld rows: clear it first", (long long) side.stats().n_written);
     }
-    const auto write = [&](int64_t n, const int64_t * cells, const uint16_t * data) {
-        for (int64_t first = 0, n_now; first < n; first += n_now) {
-            n_now                              = std::min<int64_t>(n - first, shape.n_ubatch);
-            const gear::cell_source from_cells = { cells + first, sizeof(int64_t), true };
-            const gear::row_source  from_rows  = { data + first * shape.n_embd(), (size_t) shape.n_embd() * sizeof(uint16_t), true };
-            run_on_store(rows, 1, [&](const gear::team & t) { return rows.write(t, n_now, from_cells, from_rows); });
-        }
-    };
-    return gear::restore_image(in, image, placements(image, to, shape.n_cell * shape.n_stream), &rows, side.codec.get(), write);
+    int64_t n_changed = 0;
+    side.change_store([&](gear::store * cells, const gear::tile_codec * codec, const gear::row_writer & write) {
+        n_changed = gear::restore_image(in, image, moves_of(image, to, shape.n_cell * shape.n_stream), cells, codec, write);
+    });
+    return n_changed;
 }
 
 } // namespace
@@ -194,7 +157,6 @@ gear_cache * gear_cache_new(const gear_cache_params * params) {
     gear_cache * cache = nullptr;
     gear::guarded([&] {
         require(params, "params");
-        gear::check_config(params->config);
         cache = new gear_cache(*params);
     });
     return cache;
@@ -215,10 +177,9 @@ gear_status gear_cache_write(gear_cache * cache, gear_side side, int64_t n, cons
         }
         require(cells, "cells");
         require(rows, "rows");
-        gear::store &           target     = *cache->side(side).rows;
-        const gear::cell_source from_cells = { cells, sizeof(int64_t), true };
-        const gear::row_source  from_rows  = { rows, target.shape().n_embd() * sizeof(float), false };
-        run_on_store(target, n_threads, [&](const gear::team & t) { return target.write(t, n, from_cells, from_rows); });
+        require_threads(n_threads);
+        gear::host_side & to = cache->side(side);
+        to.write(n, { cells, sizeof(int64_t), true }, { rows, to.shape().n_embd() * sizeof(float), false }, n_threads);
     });
 }
 
@@ -226,22 +187,22 @@ gear_status gear_cache_read(gear_cache * cache, gear_side side, int64_t cell, in
     return gear::guarded([&] {
         require(cache, "cache");
         require(rows, "rows");
-        cache->side(side).rows->read(cell, n, rows);
+        cache->side(side).read(cell, n, rows);
     });
 }
 
 gear_status gear_cache_copy_stream(gear_cache * cache, gear_side side, int32_t from, int32_t to) {
     return gear::guarded([&] {
         require(cache, "cache");
-        gear::store & rows = *cache->side(side).rows;
-        rows.copy_stream(from, rows, to);
+        gear::host_side & of = cache->side(side);
+        of.copy_stream(from, of, to);
     });
 }
 
 gear_status gear_cache_erase(gear_cache * cache, gear_side side, int64_t cell, int64_t n) {
     return gear::guarded([&] {
         require(cache, "cache");
-        cache->side(side).rows->erase(cell, n);
+        cache->side(side).erase(cell, n);
     });
 }
 
@@ -250,23 +211,23 @@ gear_status gear_cache_update(gear_cache * cache, gear_side side, const uint8_t 
         require(cache, "cache");
         require(marked, "marked");
         require_function(f != nullptr, "f");
-        cache->side(side).rows->update(marked, [&](int64_t cell, int n_token, uint16_t * rows) { f(user, cell, n_token, rows); });
+        cache->side(side).update(marked, {}, [&](int64_t cell, int64_t n, uint16_t * rows) { f(user, cell, (int32_t) n, rows); });
     });
 }
 
 gear_status gear_cache_flush(gear_cache * cache, gear_side side, int32_t n_threads) {
     return gear::guarded([&] {
         require(cache, "cache");
-        gear::store & rows = *cache->side(side).rows;
-        run_on_store(rows, n_threads, [&](const gear::team & t) { return rows.flush(t); });
+        require_threads(n_threads);
+        cache->side(side).flush(n_threads, false);
     });
 }
 
 gear_status gear_cache_clear(gear_cache * cache) {
     return gear::guarded([&] {
         require(cache, "cache");
-        cache->k.rows->clear();
-        cache->v.rows->clear();
+        cache->k.cells().clear();
+        cache->v.cells().clear();
     });
 }
 
@@ -275,14 +236,8 @@ gear_status gear_cache_attend(gear_cache * cache, const gear_attention_params * 
         require(cache, "cache");
         require(params, "params");
         require_threads(n_threads);
-        check_attention(*params, cache->k.rows->shape());
-        const gear::attention_op op = { *params,
-                                        cache->k.rows.get(),
-                                        cache->v.rows.get(),
-                                        cache->k.layout(),
-                                        cache->v.layout(),
-                                        gear::default_rounding,
-                                        gear::bases_of(cache->k.codec.get()) };
+        check_attention(*params, cache->k.shape());
+        const gear::attention_op op = gear::attention_of(*params, cache->k, cache->v);
 
         gear::aligned_buffer scratch;
         void *               data = scratch.reserve(gear::attention_scratch_bytes(op, n_threads));
@@ -294,7 +249,7 @@ gear_status gear_cache_stats(gear_cache * cache, gear_side side, gear_store_stat
     return gear::guarded([&] {
         require(cache, "cache");
         require(stats, "stats");
-        *stats = cache->side(side).rows->stats();
+        *stats = cache->side(side).stats();
     });
 }
 

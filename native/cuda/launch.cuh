@@ -1,12 +1,12 @@
-// launch.h - how the kernels are launched: grids, blocks and shared memory. It is compiled twice: by nvcc into the library, and in tests behind
+// launch.cuh - how the kernels are launched: grids, blocks and shared memory. It is compiled twice: by nvcc into the library, and in tests behind
 // cuda_on_cpu.h. Whoever includes it defines, in front of it,
 //     template <class K, class... A> int gear::cuda::start(K kernel, dim3 grid, int n_thread, size_t shared_bytes, stream s, A... args)
 #pragma once
 
 #include "cuda/api.h"
-#include "cuda/decode.h"
-#include "cuda/pack.h"
-#include "cuda/prefill.h"
+#include "cuda/decode.cuh"
+#include "cuda/pack.cuh"
+#include "cuda/prefill.cuh"
 
 namespace gear::cuda {
 

@@ -1,0 +1,53 @@
+#include "cache/cache_method.h"
+
+#include "cache/gear_codec.h"
+#include "codec/codec.h"
+#include "common/settings.h"
+
+namespace gear {
+
+cache_method::cache_method(const gear_config & config, gear_codec_callback callback, void * callback_user)
+    : config_(config), callback_(callback), callback_user_(callback_user) {
+    check_config(config);
+}
+
+bool cache_method::is_f16(gear_side side) const {
+    return (side == GEAR_SIDE_K ? config_.k : config_.v).bits == 16;
+}
+
+bool cache_method::has_heads(int d_head_k, int d_head_v) const {
+    return gear_head_check(&config_, d_head_k, d_head_v) == GEAR_OK;
+}
+
+bool cache_method::is_window(int64_t n_cell, int n_ubatch) const {
+    if (settings::packs_small_caches()) {
+        return false;
+    }
+    return n_cell <= (int64_t) config_.n_sink + config_.n_tail + n_ubatch + 2 * config_.tile;
+}
+
+store_shape cache_method::shape(int il, gear_side side, int n_head, int d_head, int64_t n_cell, int n_stream, int n_ubatch) const {
+    return { il, side, n_head, d_head, n_cell, n_stream, config_.tile, config_.n_tail, config_.n_sink, n_ubatch };
+}
+
+side_codec cache_method::codec(const store_shape & shape) const {
+    if (is_f16(shape.side)) {
+        return {};
+    }
+    if (callback_) {
+        return { std::make_shared<callback_tile_codec>(config_, shape.il, shape.side, shape.d_head, callback_, callback_user_), nullptr };
+    }
+    const auto codec = std::make_shared<gear_tile_codec>(config_, shape.side, shape.d_head);
+    return { codec, &codec->layout() };
+}
+
+size_t cache_method::bytes(const store_shape & shape) const {
+    size_t tile_bytes = 0;
+    if (!is_f16(shape.side)) {
+        tile_bytes =
+            callback_ ? callback_tile_codec::tile_bytes(config_, shape.d_head) : (size_t) make_layout(config_, shape.side, shape.d_head).part.bytes;
+    }
+    return store::bytes(shape, tile_bytes);
+}
+
+} // namespace gear

@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from gearcpp import PRESETS, GearConfig
 from gearcpp.reference.methods import gear, quantizers, rivals
-from gearcpp.reference.methods.native import native_gear, side_config, tile_bytes
+from gearcpp.reference.methods.gear_tile import native_gear, side_config, tile_bytes
 from gearcpp.reference.methods.tensors import Coded, half
 
 TAIL = 256  # tokens: a query reads its own stretch exactly

@@ -24,7 +24,8 @@ import llama_cpp
 import numpy as np
 from llama_cpp._logger import set_verbose
 
-from gearcpp import context_params, kv_stats, model_params, normalize_kv_type
+from gearcpp import context_params, model_params, normalize_kv_type
+from gearcpp.cache import stats
 from gearcpp.cli._markdown import markdown_table
 from gearcpp.cli.bench._shapes import Shape, write_gguf
 from gearcpp.model_info import read_model_info
@@ -57,8 +58,8 @@ def fill(model: Path, kv: str, n_ctx: int, n_sequence: int, n_threads: int) -> d
             set_batch(batch, random.integers(0, N_VOCAB, min(N_UBATCH, n_ctx // n_sequence - position)), position, sequence)
             if status := llama_cpp.llama_decode(context, batch):
                 raise SystemExit(f"{kv}: llama_decode failed with {status}: {device and device.take_failure()}")
-    layers = kv_stats.gear_layers(device.stats()) if device else kv_stats.llama_layers(kv_type, read_model_info(model).layers, n_ctx, n_ctx)
-    total = kv_stats.summarize(kv_type, layers, device.scratch_bytes() if device else 0)["total"]
+    layers = stats.gear_layers(device.stats()) if device else stats.llama_layers(kv_type, read_model_info(model).layers, n_ctx, n_ctx)
+    total = stats.summarize(kv_type, layers, device.scratch_bytes() if device else 0)["total"]
     return {"kv": kv, "peak_rss": peak_rss(), "peak_rss_before": before, **total}
 
 

@@ -41,8 +41,8 @@ except AttributeError:
     ggml = "unknown"
 answer = {"llama_cpp_python": llama_cpp.__version__, "ggml": ggml, "problem": ""}
 try:
-    from gearcpp import AbiError, _native
-    _native.open_ggml()
+    from gearcpp import AbiError, native
+    native.open_ggml()
 except AbiError as error:
     answer["problem"] = str(error)
 print(json.dumps(answer))

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from gearcpp import PRESETS
 from gearcpp.reference.methods import gear, quantizers
-from gearcpp.reference.methods.native import native_gear
+from gearcpp.reference.methods.gear_tile import native_gear
 from gearcpp.reference.methods.tensors import Coded, hadamard, half
 
 TILE = 256

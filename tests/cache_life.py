@@ -16,7 +16,7 @@ import numpy as np
 from models import N_VOCAB
 
 import gearcpp
-from gearcpp.device import Codec, GearDevice
+from gearcpp.cache.device import Codec, GearDevice
 
 Tokens = Sequence[int]
 

@@ -105,14 +105,14 @@ np.savez(arguments["out"], **{name + " together": x for name, x in together.item
 REGISTRY = """
 import ctypes, os
 import llama_cpp
-from gearcpp import _native
-_native.open_ggml()
+from gearcpp import native
+native.open_ggml()
 ggml = llama_cpp.llama_cpp._lib
 for name in ("ggml_backend_load", "ggml_backend_reg_dev_get", "ggml_backend_dev_name", "ggml_backend_dev_description", "ggml_backend_dev_by_name",
              "ggml_backend_dev_backend_reg", "ggml_backend_reg_get_proc_address"):
     getattr(ggml, name).restype = ctypes.c_char_p if name.endswith(("dev_name", "description")) else ctypes.c_void_p
 ggml.ggml_backend_reg_dev_count.restype = ctypes.c_size_t
-library = ctypes.c_void_p(ggml.ggml_backend_load(str(_native.library_path()).encode()))
+library = ctypes.c_void_p(ggml.ggml_backend_load(str(native.library_path()).encode()))
 devices = [ctypes.c_void_p(ggml.ggml_backend_reg_dev_get(library, ctypes.c_size_t(i))) for i in range(ggml.ggml_backend_reg_dev_count(library))]
 print([ggml.ggml_backend_dev_name(device).decode() for device in devices])
 print([bool(ggml.ggml_backend_dev_by_name(b"GEAR%d" % i)) for i in range(3)])
@@ -346,7 +346,7 @@ def test_layers_cut_up_over_gpus_are_refused_with_a_reason(emulated: Path, bundl
 
 
 def test_missing_library_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:
-    code = "from gearcpp import _native; print(_native.text(_native.lib.gear_cuda_problem()))"
+    code = "from gearcpp import native; print(native.text(native.lib.gear_cuda_problem()))"
     environment = {**os.environ, "GEARCPP_CUDA_LIBRARY": str(tmp_path / "absent.so")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "nvcc" in done.stdout

@@ -19,9 +19,9 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from models import Shape, write_lora
 
 from gearcpp import ClosedError, CodecError, ConfigError, DataError, GearConfig, Llama, OutOfMemoryError, UnsupportedError
-from gearcpp._arguments import parent_arguments
-from gearcpp.config import normalize_kv_type
-from gearcpp.device import GearDevice
+from gearcpp.cache.device import GearDevice
+from gearcpp.cache.kv_type import normalize_kv_type
+from gearcpp.runtime.arguments import parent_arguments
 
 # A cache that packs soon: so small ones, as tests have, are not all exact.
 SMALL = GearConfig(tile=64, n_tail=32)

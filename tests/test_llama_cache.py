@@ -14,7 +14,7 @@ import pytest
 from models import N_VOCAB, Shape
 
 import gearcpp
-from gearcpp import ConfigError, GearConfig, Llama, _native
+from gearcpp import ConfigError, GearConfig, Llama, native
 
 RandomModel = Callable[..., Path]
 N_CTX, N_TOKENS = 512, 400
@@ -85,7 +85,7 @@ def test_statistics_add_up(random_model: RandomModel, random: np.random.Generato
     for layer in layers:
         assert (layer["kind"], layer["n_head_kv"], layer["d_head"], layer["n_cell"], layer["n_stream"]) == ("gear", 2, 64, N_CTX, 1)
         assert layer["n_written"] == N_TOKENS == layer["n_packed"] + layer["n_exact"]
-        assert layer["bits_per_element"] == _native.bits_per_element(config, layer["side"], 64)
+        assert layer["bits_per_element"] == native.bits_per_element(config, layer["side"], 64)
         assert layer["bytes_tiles"] == N_CTX * 2 * 64 * layer["bits_per_element"] / 8
         assert layer["bytes_f16"] == N_CTX * 2 * 64 * 2
         assert layer["bytes_tiles_used"] <= layer["bytes_tiles"]
@@ -135,7 +135,7 @@ def test_ubatch_does_not_matter_while_rows_are_exact(random_model: RandomModel, 
 
 
 @contextmanager
-def low_level(path: Path, kv_type: Any, **fields: Any) -> Iterator[tuple[Any, gearcpp.device.GearDevice | None]]:
+def low_level(path: Path, kv_type: Any, **fields: Any) -> Iterator[tuple[Any, gearcpp.cache.device.GearDevice | None]]:
     params, device = gearcpp.model_params(path, kv_type, n_ubatch=64)
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     context = llama_cpp.llama_init_from_model(model, gearcpp.context_params(kv_type, n_ctx=2 * N_CTX, n_batch=64, n_ubatch=64, n_threads=2, **fields))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gearcpp import ConfigError, _native
-from gearcpp._placement import Placement, place
+from gearcpp import ConfigError, native
+from gearcpp.cache.placement import Placement, place
 
 GPUS = ("CUDA0", "CUDA1", "CUDA2")
 
 
 @pytest.fixture(autouse=True)
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "default_devices", lambda: GPUS)
+    monkeypatch.setattr(native, "default_devices", lambda: GPUS)
 
 
 def layers(placement: Placement, n_layer: int) -> list[str]:

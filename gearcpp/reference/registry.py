@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..config import PRESETS, GearConfig
+from ..config import PRESETS, GearConfig, suggest
 from ..errors import ConfigError
 from .methods import cq as _cq
 from .methods import decoquant as _decoquant
 from .methods import gear as _gear
+from .methods import gear_tile as _gear_tile
 from .methods import kvquant as _kvquant
-from .methods import native as _native
 from .methods import quantizers as _quantizers
 from .methods import rivals as _rivals
 from .methods.rope import Rope
@@ -142,7 +141,7 @@ def native(config: GearConfig | str = "gear") -> Method:
     """gearcpp's own codec in PyTorch: what the native library computes for this configuration."""
     if isinstance(config, str):
         if config not in PRESETS:
-            raise ConfigError(f"unknown preset {config!r}{_suggest(config, list(PRESETS))}; known: {', '.join(PRESETS)}")
+            raise ConfigError(f"unknown preset {config!r}{suggest(config, list(PRESETS))}; known: {', '.join(PRESETS)}")
         name, config = f"native-{config}", PRESETS[config]
     else:
         name = "native"
@@ -152,7 +151,7 @@ def native(config: GearConfig | str = "gear") -> Method:
         tile = torch.zeros(settings.tile, x.shape[1])
         written = torch.zeros(settings.tile, dtype=torch.bool)
         tile[place.rows], written[place.rows] = x, True
-        coded = _native.native_gear(tile, side, settings, written)
+        coded = _gear_tile.native_gear(tile, side, settings, written)
         return Coded(coded.xhat[place.rows], coded.n_bytes)
 
     return Method(name, code, settings.tile)
@@ -370,9 +369,4 @@ def method(name: str, recorder: Recorder | Callable[[], Recorder] | None = None)
             seen = recorder if isinstance(recorder, Recorder) else recorder()
             return construct(seen, *(int(number) for number in found.groups()))
     known = [*names(), *(name for _, _, examples in _CALIBRATED for name in examples)]
-    raise ConfigError(f"unknown method {name!r}{_suggest(wanted, known)}; known: {', '.join(known)}")
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=2)
-    return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
+    raise ConfigError(f"unknown method {name!r}{suggest(wanted, known)}; known: {', '.join(known)}")

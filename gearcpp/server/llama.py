@@ -11,8 +11,8 @@ from typing import Any
 
 import llama_cpp
 
-from gearcpp import Llama
 from gearcpp.errors import ConfigError
+from gearcpp.runtime.llama import Llama
 
 from .client import Client, current_client
 from .errors import ContextLengthError

@@ -15,7 +15,7 @@ from llama_cpp._internals import LlamaSampler
 from gearcpp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gearcpp import Llama
+    from gearcpp.runtime.llama import Llama
 
 Logits = npt.NDArray[np.float32]
 # A logits processor of llama-cpp-python: (tokens so far, logits) -> logits.

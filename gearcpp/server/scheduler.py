@@ -29,7 +29,7 @@ from .cells import CellLedger
 from .sequence import Sequence
 
 if TYPE_CHECKING:
-    from gearcpp import Llama
+    from gearcpp.runtime.llama import Llama
 
 logger = logging.getLogger("gearcpp.server")
 

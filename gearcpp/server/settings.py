@@ -15,7 +15,7 @@ from llama_cpp.server.settings import ModelSettings, ServerSettings
 from pydantic import Field, ValidationError
 from pydantic_settings import SettingsConfigDict
 
-from gearcpp.config import normalize_kv_type
+from gearcpp.cache.kv_type import normalize_kv_type
 from gearcpp.errors import ConfigError, DataError
 
 _FROM_ENVIRONMENT = SettingsConfigDict(env_prefix="GEARCPP_", protected_namespaces=())

@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="gearcpp.reference needs PyTorch")
 
-from gearcpp import PRESETS, ConfigError, GearConfig, UnsupportedError, _native  # noqa: E402
-from gearcpp.reference.methods.native import native_gear, pack, side_config, tile_bytes, unpack  # noqa: E402
+from gearcpp import PRESETS, ConfigError, GearConfig, UnsupportedError, native  # noqa: E402
+from gearcpp.reference.methods.gear_tile import native_gear, pack, side_config, tile_bytes, unpack  # noqa: E402
 from gearcpp.reference.methods.quantizers import kivi, round_to_nearest  # noqa: E402
 
 SIDES = ("k", "v")
@@ -19,9 +19,9 @@ PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False)  # D, L and S
 @pytest.fixture(autouse=True)
 def best_level():
     """Leave the kernel level as it was."""
-    before = _native.simd_level()
+    before = native.simd_level()
     yield
-    _native.select_simd(before)
+    native.select_simd(before)
 
 
 def assert_equal(config, side, x, written=None):
@@ -33,11 +33,11 @@ def assert_equal(config, side, x, written=None):
     parts = pack(torch.from_numpy(x), settings, None if written is None else torch.from_numpy(written))
     xhat = unpack(parts, settings).numpy()
     seen = slice(None) if written is None else written
-    for level in _native.simd_levels():
-        _native.select_simd(level)
-        tile = _native.tile_pack(config, side, x, written)
-        native_parts = _native.tile_parts(config, side, x.shape[1], tile)
-        native_xhat = _native.tile_unpack(config, side, x.shape[1], tile)
+    for level in native.simd_levels():
+        native.select_simd(level)
+        tile = native.tile_pack(config, side, x, written)
+        native_parts = native.tile_parts(config, side, x.shape[1], tile)
+        native_xhat = native.tile_unpack(config, side, x.shape[1], tile)
         assert tile_bytes(settings) == len(tile)
         is_exact = level == "scalar" or not settings.rank
         for name in parts._fields if is_exact else ("outlier_index", "outlier_value"):

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="gearcpp.reference needs PyTorch")
 from gearcpp import reference  # noqa: E402
 from gearcpp.config import PRESETS, GearConfig  # noqa: E402
 from gearcpp.errors import ConfigError  # noqa: E402
-from gearcpp.reference.methods.native import native_gear  # noqa: E402
+from gearcpp.reference.methods.gear_tile import native_gear  # noqa: E402
 from gearcpp.reference.methods.rope import Rope  # noqa: E402
 
 

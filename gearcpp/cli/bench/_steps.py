@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gearcpp import _native
+from gearcpp import native
+from gearcpp.cache.kv_type import KVType
 from gearcpp.cli._console import is_verbose, notice
 from gearcpp.cli._model import load_model
-from gearcpp.config import KVType
 from gearcpp.errors import GearError, OutOfMemoryError
 from gearcpp.model_info import read_model_info
 
@@ -176,7 +176,7 @@ def groups(types: Sequence[KVType], baseline: KVType, n_resident: int) -> list[l
 
 def _n_resident(path: Path, n_types: int, plan: Plan) -> int:
     """How many models with their caches fit into memory together; weights may be copied for each (llama.cpp repacks them)."""
-    info, available = read_model_info(path), _native.available_memory()
+    info, available = read_model_info(path), native.available_memory()
     needed = sum(file.stat().st_size for file in info.files) + 2 * info.kv_elements(plan.n_ctx) + _ROOM
     n_resident = min(n_types, int(available // needed))
     if n_resident < min(2, n_types):

@@ -16,24 +16,23 @@ import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ._llama_log import LlamaLog
-from .config import KVType, normalize_kv_type
-from .device import GearDevice
-from .errors import ConfigError, DataError, GearError, UnsupportedError
+from ..cache.device import GearDevice
+from ..cache.kv_type import KVType, normalize_kv_type
+from ..cache.stats import gear_layers, llama_layers, summarize
+from ..errors import ConfigError, DataError, GearError, UnsupportedError
+from ..model_info import ModelInfo, read_model_info
+from ..runtime.llama_log import LlamaLog
+from ..runtime.low_level import context_params, model_params
 from .fidelity import F32, I32, Summary, Tally, compare
-from .kv_stats import gear_layers, llama_layers, summarize
-from .low_level import context_params, model_params
-from .model_info import ModelInfo, read_model_info
 
 if TYPE_CHECKING:
-    from .reference import Recorder
+    from ..reference import Recorder
 
 F16 = normalize_kv_type("f16")
 ENOUGH_TOKENS = 20_000  # scored tokens from which the standard errors of the rarer figures mean something
@@ -152,7 +151,7 @@ def parse_caches(text: str, settings: Settings, recorder: Any = None) -> list[Ca
 def _is_calibrated(label: str) -> bool:
     if not label.lower().startswith("sim:"):
         return False
-    from .reference import needs_calibration
+    from ..reference import needs_calibration
 
     return needs_calibration(label[len("sim:") :].partition("+")[0])
 
@@ -168,25 +167,6 @@ def plan_passes(specs: Sequence[CacheSpec], n_models: int = 2) -> list[list[Cach
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 # The text
 # ---------------------------------------------------------------------------------------------------------------------------------------------
-
-
-def read_text(path: str | os.PathLike[str]) -> bytes:
-    """A text file as UTF-8, without the newline at its very end (which llama-perplexity drops, too).
-
-    Raises:
-        DataError: it is missing, unreadable, empty or not UTF-8.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; give a text file") from error
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from error
-    if not data.strip():
-        raise DataError(f"{path} is empty: there is nothing to score")
-    return data[:-1] if data.endswith(b"\n") else data
 
 
 def split_chunks(tokens: I32, settings: Settings, bos: int | None) -> I32:
@@ -544,7 +524,7 @@ class Measurement:
             return split_chunks(vocabulary.tokenize(text), self.settings, vocabulary.bos())
 
     def _record(self, model: str | os.PathLike[str], text: str | os.PathLike[str]) -> Recorder:
-        from .reference import record
+        from .calibration import record
 
         if not self._recorder:
             self._recorder = record(model, text, n_threads=self.settings.n_threads)

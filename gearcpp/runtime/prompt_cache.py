@@ -1,6 +1,6 @@
 """Prompt caches that hold packed states: `GearRAMCache` and `GearDiskCache`, for `Llama.set_cache`.
 
-They have the interface of llama-cpp-python's own caches. What they hold is bytes of sessions (`gearcpp.sessions`), several times smaller than its states.
+They have the interface of llama-cpp-python's own caches. What they hold is bytes of sessions (`.sessions`), several times smaller than its states.
 A cache may serve several models and kinds of KV cache: each context sees only what is its own.
 """
 
@@ -21,8 +21,8 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 
+from ..errors import ConfigError, DataError, GearError
 from . import sessions
-from .errors import ConfigError, DataError, GearError
 from .sessions import GearState
 
 Tokens = npt.NDArray[np.intc]

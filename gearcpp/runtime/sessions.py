@@ -26,8 +26,8 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama import LlamaState
 
-from . import _native
-from .errors import ClosedError, DataError, GearError
+from .. import native
+from ..errors import ClosedError, DataError, GearError
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -155,22 +155,22 @@ class Session:
         """Raise what a failed native call means: first of all what a Python function that it called raised."""
         if self._failures:
             raise self._failures[0]
-        _native.check(status)
+        native.check(status)
 
     @property
     def window(self) -> tuple[Any, int]:
         """Where llama.cpp's state goes to or comes from, as ctypes has it, and its bytes."""
-        n = _native.ffi.new("int64_t *")
-        address = int(_native.ffi.cast("uintptr_t", _native.lib.gear_session_window(self.pointer, n)))
+        n = native.ffi.new("int64_t *")
+        address = int(native.ffi.cast("uintptr_t", native.lib.gear_session_window(self.pointer, n)))
         return ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), n[0]
 
     @property
     def note(self) -> dict[str, Any]:
         """What the session says of itself; DataError when gearcpp.Llama did not write it."""
-        n = _native.ffi.new("int64_t *")
-        data = _native.lib.gear_session_note(self.pointer, n)
+        n = native.ffi.new("int64_t *")
+        data = native.lib.gear_session_note(self.pointer, n)
         try:
-            return _check_note(json.loads(bytes(_native.ffi.buffer(data, n[0])) if n[0] else b""))
+            return _check_note(json.loads(bytes(native.ffi.buffer(data, n[0])) if n[0] else b""))
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
@@ -179,12 +179,12 @@ class Session:
 
 @contextmanager
 def _session(pointer: Any, failures: list[BaseException]) -> Iterator[Session]:
-    if pointer == _native.ffi.NULL:
-        raise failures[0] if failures else _native.last_error()
+    if pointer == native.ffi.NULL:
+        raise failures[0] if failures else native.last_error()
     try:
         yield Session(pointer, failures)
     finally:
-        _native.lib.gear_session_free(pointer)
+        native.lib.gear_session_free(pointer)
 
 
 def _callback(kind: str, function: Callable[..., object], failures: list[BaseException]) -> Any:
@@ -198,7 +198,7 @@ def _callback(kind: str, function: Callable[..., object], failures: list[BaseExc
         function(*arguments)
         return 0
 
-    return _native.ffi.callback(kind, call, error=1, onerror=keep)
+    return native.ffi.callback(kind, call, error=1, onerror=keep)
 
 
 @contextmanager
@@ -214,10 +214,10 @@ def open_session(n_bytes: int, read_at: ReadAt, *, note_only: bool = False) -> I
         piece = read_at(offset, n)
         if len(piece) != n:
             raise DataError(f"it is cut off: {len(piece)} of {n} bytes could be read from byte {offset} on")
-        _native.ffi.buffer(data, n)[:] = piece
+        native.ffi.buffer(data, n)[:] = piece
 
     function = _callback("gear_session_read", read, failures)
-    with _session(_native.lib.gear_session_open(n_bytes, function, _native.ffi.NULL, int(note_only)), failures) as session:
+    with _session(native.lib.gear_session_open(n_bytes, function, native.ffi.NULL, int(note_only)), failures) as session:
         yield session
 
 
@@ -243,18 +243,18 @@ def write_session(llm: Llama, data: Any, write: Write) -> None:
     header = json.dumps(note).encode()
     scores = np.ascontiguousarray(llm._scores, np.single) if llm._logits_all else np.empty(0, np.single)
     failures: list[BaseException] = []
-    function = _callback("gear_session_write", lambda _, piece, n: write(_native.ffi.buffer(piece, n)), failures)
+    function = _callback("gear_session_write", lambda _, piece, n: write(native.ffi.buffer(piece, n)), failures)
     size = llama_cpp.llama_state_get_size(llm.ctx)
-    with _session(_native.lib.gear_session_new(_device(llm), size), failures) as session:
+    with _session(native.lib.gear_session_new(_device(llm), size), failures) as session:
         window, _ = session.window
         n_bytes = llama_cpp.llama_state_get_data(llm.ctx, window, size)
         llm._raise_failure()
         if n_bytes == 0:
             raise DataError("llama.cpp could not save the state; verbose=True shows its log")
-        ffi = _native.ffi
+        ffi = native.ffi
         extra = ffi.cast("void *", scores.ctypes.data)
         session.check(
-            _native.lib.gear_session_save(
+            native.lib.gear_session_save(
                 session.pointer, n_bytes, ffi.from_buffer(header), len(header), extra, scores.nbytes, llm.n_threads, function, ffi.NULL
             )
         )
@@ -271,9 +271,9 @@ def restore_session(llm: Llama, session: Session) -> Any:
     """
     note = session.note
     _check_owner(note, llm)
-    session.check(_native.lib.gear_session_attach(session.pointer, _device(llm)))
+    session.check(native.lib.gear_session_attach(session.pointer, _device(llm)))
     window, size = session.window
-    n_tokens, n_extra = len(note["tokens"]), int(_native.lib.gear_session_extra_bytes(session.pointer))
+    n_tokens, n_extra = len(note["tokens"]), int(native.lib.gear_session_extra_bytes(session.pointer))
     takes_scores = llm._logits_all and n_extra > 0
     if takes_scores and n_extra != n_tokens * llm.n_vocab() * 4:
         raise DataError(f"it holds {n_extra} bytes of logits, which is not what {n_tokens} tokens have")
@@ -287,8 +287,8 @@ def restore_session(llm: Llama, session: Session) -> Any:
         memory = llama_cpp.llama_get_memory(llm.ctx)
         if memory and llama_cpp.llama_memory_seq_pos_max(memory, 0) < n_tokens - 1:
             raise DataError(f"its header lists {n_tokens} tokens, but its cache ends before them: it was put together from different sessions")
-        extra = _native.ffi.cast("void *", scores.ctypes.data) if takes_scores else _native.ffi.NULL
-        session.check(_native.lib.gear_session_restore(session.pointer, extra, _native.ffi.NULL))
+        extra = native.ffi.cast("void *", scores.ctypes.data) if takes_scores else native.ffi.NULL
+        session.check(native.lib.gear_session_restore(session.pointer, extra, native.ffi.NULL))
     except BaseException as error:
         llm.n_tokens = 0
         llm._ctx.kv_cache_clear()
@@ -300,7 +300,7 @@ def restore_session(llm: Llama, session: Session) -> Any:
 
 
 def _device(llm: Llama) -> Any:
-    return llm._device.handle if llm._device else _native.ffi.NULL
+    return llm._device.handle if llm._device else native.ffi.NULL
 
 
 def explain_state(reason: str) -> str:

@@ -65,7 +65,7 @@ class SideConfig(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The parts of a packed tile, as ``gearcpp._native.tile_parts`` gives them.
+    """The parts of a packed tile, as ``gearcpp.native.tile_parts`` gives them.
 
     codes [..., T, d]; scale and zero [..., n_group]; a [..., T, r] with sigma in it; b [..., d, r]; mean [..., d], zeros without ``center``;
     outlier_value and outlier_index [..., n_vector, n_outlier], vectors being the channels of K and the tokens of V.

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import llama_cpp
 
-from .errors import ConfigError, DataError
-from .llama import Llama
+from ..errors import ConfigError, DataError
+from ..runtime.llama import Llama
 from .perplexity import REFERENCE, CacheSpec, parse_cache
 
 N_BATCH = 128  # tokens read at once; they stay exact meanwhile, so a long batch would keep a short prompt from being packed at all
@@ -25,7 +25,7 @@ N_SHOTS = 8  # worked examples before a problem of GSM8K, as usual
 
 
 def parse_specs(kv: str) -> list[CacheSpec]:
-    """The caches of a comma-separated list (see `gearcpp.perplexity.parse_cache`), f16 in front of them.
+    """The caches of a comma-separated list (see `gearcpp.evaluation.perplexity.parse_cache`), f16 in front of them.
 
     Raises:
         ConfigError: a name is unknown.

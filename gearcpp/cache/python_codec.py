@@ -5,18 +5,19 @@ The device keeps what such a codec returns as f16, whatever the codec says that 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from .config import KVType, TileMethod
-from .errors import ConfigError
-
-if TYPE_CHECKING:
-    from .device import Codec
+from ..errors import ConfigError
+from .kv_type import KVType, TileMethod
 
 F32 = npt.NDArray[np.float32]
+
+# A codec in Python, given a tile of one head when it is packed:
+#   (il, side "k" or "v", head, x f32 [n_token, d_head], written bool [n_token], cells i64 [n_token]) -> (reconstruction [n_token, d_head], bytes it takes)
+Codec = Callable[[int, str, int, npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.int64]], tuple[npt.ArrayLike, float]]
 
 
 def codec_of(kv: KVType, codec: Codec | None = None) -> Codec | None:
@@ -33,7 +34,7 @@ def codec_of(kv: KVType, codec: Codec | None = None) -> Codec | None:
 
 
 class MethodCodec:
-    """A method in the form of a `gearcpp.device.Codec`. Cells are taken for positions: right for one sequence that was never shifted."""
+    """A method in the form of a `Codec`. Cells are taken for positions: right for one sequence that was never shifted."""
 
     def __init__(self, method: TileMethod) -> None:
         self.method = method

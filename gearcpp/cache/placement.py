@@ -9,8 +9,8 @@ from typing import Any
 
 import llama_cpp
 
-from . import _native
-from .errors import ConfigError
+from .. import native
+from ..errors import ConfigError
 
 ARGUMENTS = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split")
 CPU = "CPU"
@@ -48,7 +48,7 @@ def place(given: Mapping[str, Any], n_layer: int) -> Placement:
         ConfigError: a value is out of range, or would split a layer.
         UnsupportedError: the GPUs cannot be used.
     """
-    gpus = _native.default_devices()
+    gpus = native.default_devices()
     n_gpu_layers = given.get("n_gpu_layers", -1)
     if gpus == (CPU,) or n_gpu_layers == 0:
         return Placement()

@@ -20,17 +20,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
 from .. import native
+from ..cache.device import GearDevice
+from ..cache.kv_type import KVType
 from ..errors import ClosedError, DataError, GearError
-
-if TYPE_CHECKING:
-    from .llama import Llama
+from ..model_info import ModelInfo
 
 # What else than the model decides about keys and values: members of llama_context_params.
 _CONTEXT = (
@@ -50,6 +51,34 @@ _CONTEXT = (
 
 Write = Callable[[Any], object]  # takes a buffer
 ReadAt = Callable[[int, int], bytes | memoryview]  # (offset, n): n bytes
+
+
+class SessionLlama(Protocol):
+    """What a session needs of a `Llama`."""
+
+    kv_type: KVType
+    info: ModelInfo
+    model_path: str
+    n_tokens: int
+    n_threads: int
+    input_ids: npt.NDArray[np.intc]
+    context_params: Any
+    _given: dict[str, Any]
+    _device: GearDevice | None
+    _ctx: Any
+    _seed: int
+    _logits_all: bool
+
+    @property
+    def ctx(self) -> Any: ...
+    @property
+    def _scores(self) -> npt.NDArray[np.single]: ...
+    def n_ctx(self) -> int: ...
+    def n_vocab(self) -> int: ...
+    def _session_owner(self) -> dict[str, Any]: ...
+    def _raise_failure(self) -> None: ...
+    def _listening(self) -> Any: ...
+    def _take_up(self, tokens: npt.NDArray[np.intc], scores: npt.NDArray[np.single], seed: int) -> None: ...
 
 
 class GearState(LlamaState):
@@ -88,7 +117,7 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def owner_of(llm: Llama) -> dict[str, Any]:
+def owner_of(llm: SessionLlama) -> dict[str, Any]:
     """What a session must share with the context that takes it up, as JSON can hold it. Reads parts of the model's files."""
     kv, given = llm.kv_type, llm._given
     codec = kv.method.name if kv.method else bool(given.get("codec"))  # whose tiles are f16
@@ -110,7 +139,7 @@ def owner_name(owner: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(owner, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _check_owner(note: dict[str, Any], llm: Llama) -> None:
+def _check_owner(note: dict[str, Any], llm: SessionLlama) -> None:
     saved, present = note["owner"], llm._session_owner()
     if any(saved[part] != present[part] for part in ("model", "lora", "overrides")):
         raise DataError(f"it belongs to another model ({note['model']}), or to the same with another LoRA or kv_overrides; load that one")
@@ -221,7 +250,7 @@ def open_session(n_bytes: int, read_at: ReadAt, *, note_only: bool = False) -> I
         yield session
 
 
-def write_session(llm: Llama, data: Any, write: Write) -> None:
+def write_session(llm: SessionLlama, data: Any, write: Write) -> None:
     """Write the session of a context through ``write``. Its full tiles are packed first.
 
     Args:
@@ -260,7 +289,7 @@ def write_session(llm: Llama, data: Any, write: Write) -> None:
         )
 
 
-def restore_session(llm: Llama, session: Session) -> Any:
+def restore_session(llm: SessionLlama, session: Session) -> Any:
     """Make a context what it was. Nothing is changed before the session is known to fit; the context is empty when it fails after that.
 
     Returns:
@@ -299,7 +328,7 @@ def restore_session(llm: Llama, session: Session) -> Any:
     return note.get("data")
 
 
-def _device(llm: Llama) -> Any:
+def _device(llm: SessionLlama) -> Any:
     return llm._device.handle if llm._device else native.ffi.NULL
 
 
@@ -317,14 +346,14 @@ def explain_state(reason: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def pack_state(llm: Llama) -> GearState:
+def pack_state(llm: SessionLlama) -> GearState:
     """The context as a packed state."""
     pieces: list[bytes] = []
     write_session(llm, None, lambda piece: pieces.append(bytes(piece)))
     return GearState(b"".join(pieces))
 
 
-def load_packed(llm: Llama, state: GearState) -> None:
+def load_packed(llm: SessionLlama, state: GearState) -> None:
     """Go back to a packed state."""
     data = memoryview(state.llama_state)
     with open_session(len(data), lambda offset, n: data[offset : offset + n]) as session:
@@ -336,12 +365,12 @@ def load_packed(llm: Llama, state: GearState) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def save(llm: Llama, path: Path, data: Any) -> int:
+def save(llm: SessionLlama, path: Path, data: Any) -> int:
     """`Llama.save_session`."""
     return write_whole(path, lambda write: write_session(llm, data, write))
 
 
-def load(llm: Llama, path: Path) -> Any:
+def load(llm: SessionLlama, path: Path) -> Any:
     """`Llama.load_session`."""
     with open_file(path) as session:
         return restore_session(llm, session)

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
-import numpy as np
 
 from gearcpp.errors import ClosedError, GearError
+from gearcpp.runtime.context import Batch
 
 from .cells import CellLedger
 from .sequence import Sequence
@@ -102,7 +102,7 @@ class Scheduler:
         self._cells = CellLedger(llm.n_ctx())
         self._most_age = TURNS * llm.n_ctx() if llm.kv_type.gear else math.inf
         self._slots = [_Slot(i) for i in range(n_slot)]
-        self._batch = _Batch(llm.n_batch)
+        self._batch = Batch(llm.n_batch)
         self._orders = itertools.count(1)
         self._waiting: deque[Sequence] = deque()
         self._changed = threading.Condition()
@@ -369,40 +369,6 @@ class Scheduler:
         self.counters.cells_running = _union(slot.cells for slot in self._slots if slot.sequence)
         self.counters.cells_kept = self._cells.used - self.counters.cells_running
         self.counters.kv = self._llm.kv_stats()
-
-
-class _Batch:
-    """A llama_batch over arrays of our own, one sequence for each token."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._tokens, self._positions, self._ids = (np.zeros(capacity, np.int32) for _ in range(3))
-        self._counts = np.ones(capacity, np.int32)
-        self._logits = np.zeros(capacity, np.int8)
-        integers = ctypes.POINTER(ctypes.c_int32)
-        address, step = self._ids.ctypes.data, self._ids.itemsize
-        self._id_pointers = (integers * capacity)(*(ctypes.cast(address + i * step, integers) for i in range(capacity)))
-        self.struct = llama_cpp.llama_batch(
-            n_tokens=0,
-            token=self._tokens.ctypes.data_as(integers),
-            pos=self._positions.ctypes.data_as(integers),
-            n_seq_id=self._counts.ctypes.data_as(integers),
-            seq_id=self._id_pointers,
-            logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
-
-    def clear(self) -> None:
-        self.struct.n_tokens = 0
-
-    def add(self, sequence_id: int, position: int, tokens: list[int], *, logits: bool) -> None:
-        """Append tokens of one sequence from a position on; logits are wanted of none, or of the last one."""
-        first, end = self.struct.n_tokens, self.struct.n_tokens + len(tokens)
-        self._tokens[first:end] = tokens
-        self._positions[first:end] = np.arange(position, position + len(tokens))
-        self._ids[first:end] = sequence_id
-        self._logits[first:end] = 0
-        self._logits[end - 1] = logits
-        self.struct.n_tokens = end
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -151,7 +151,7 @@ def native(config: GearConfig | str = "gear") -> Method:
         tile = torch.zeros(settings.tile, x.shape[1])
         written = torch.zeros(settings.tile, dtype=torch.bool)
         tile[place.rows], written[place.rows] = x, True
-        coded = _gear_tile.native_gear(tile, side, settings, written)
+        coded = _gear_tile.gear_tile(tile, side, settings, written)
         return Coded(coded.xhat[place.rows], coded.n_bytes)
 
     return Method(name, code, settings.tile)

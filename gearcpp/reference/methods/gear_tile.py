@@ -129,7 +129,7 @@ def tile_bytes(side: SideConfig) -> int:
     return _aligned(sum(_aligned(part, PART_ALIGN) for part in planes + scales + extremes + factors + means + outliers), TILE_ALIGN)
 
 
-def native_gear(x: Tensor, side: str, config: GearConfig, written: Tensor | None = None) -> Coded:
+def gear_tile(x: Tensor, side: str, config: GearConfig, written: Tensor | None = None) -> Coded:
     """The reconstruction of tiles, and their bytes.
 
     Args:
@@ -143,7 +143,7 @@ def native_gear(x: Tensor, side: str, config: GearConfig, written: Tensor | None
 
 
 def pack(x: Tensor, side: SideConfig, written: Tensor | None = None) -> Parts:
-    """X [..., T, d] in parts; see `native_gear`."""
+    """X [..., T, d] in parts; see `gear_tile`."""
     if x.shape[-2:] != (side.n_token, side.d_head):
         raise ConfigError(f"x must be [..., {side.n_token}, {side.d_head}], not {list(x.shape)}")
     x = as_tile(x).clamp(-HALF_MAX, HALF_MAX)

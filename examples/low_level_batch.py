@@ -37,8 +37,8 @@ def main() -> None:
         if device:
             stack.callback(device.close)
         model = stack.enter_context(closing(Model(gearcpp.read_model_info(args.model), params, device)))
-        params = gearcpp.context_params(args.kv, n_ctx=args.ctx_size, n_seq_max=args.sequences, kv_unified=True)
-        context = stack.enter_context(closing(Context(model, params, args.kv)))
+        fields = {"n_ctx": args.ctx_size, "n_seq_max": args.sequences, "kv_unified": True}
+        context = stack.enter_context(closing(Context(model, gearcpp.context_params(args.kv, **fields), args.kv)))
 
         prompt = model.tokenize(args.prompt.encode())
         batch = Batch(max(len(prompt), args.sequences))

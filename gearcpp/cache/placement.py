@@ -35,7 +35,7 @@ class Placement:
         return {"n_gpu_layers": -1, "split_mode": llama_cpp.LLAMA_SPLIT_MODE_LAYER, "main_gpu": 0, "tensor_split": shares}
 
 
-def place(given: Mapping[str, Any], n_layer: int) -> Placement:
+def choose_placement(given: Mapping[str, Any], n_layer: int) -> Placement:
     """Where the layers go, by llama.cpp's own arguments with llama.cpp's meaning.
 
     Layers that ``n_gpu_layers`` leaves on the CPU have a GEAR cache there: they are on a device of their own, which llama.cpp counts like a GPU.

@@ -93,10 +93,10 @@ def needle(
 
     check_plot(plot_file)
     text, sizes = read_text(file), _numbers(lengths)
-    places = [i / (depths - 1) for i in range(depths)]
+    fractions = [i / (depths - 1) for i in range(depths)]
 
     def search(llm: Llama) -> Iterator[Search]:
-        return tasks.needle(llm, text, sizes, places, seed)
+        return tasks.needle(llm, text, sizes, fractions, seed)
 
     results = _run(search, len(sizes) * depths, kv, resolve_model(model, hf), ctx_size, threads, verbose)
     lines = []
@@ -105,13 +105,13 @@ def needle(
         lines.append((spec.label, *_shared_cells(spec, [one.answer for one in searches]), *(f"{sum(found)}/{len(found)}" for found in by_length)))
     _report(("cache", "answers", "packed", *(f"{length} tokens" for length in sizes)), lines, results, as_json)
     if plot_file:
-        _draw_grids(plot_file, results, sizes, places)
+        _draw_grids(plot_file, results, sizes, fractions)
 
 
 @eval_app.command()
 def drift(
     file: TextFile,
-    prompts: Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="Prompts, from places spread over the text.")] = 8,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="Prompts, spread evenly over the text.")] = 8,
     prompt_size: Annotated[int, typer.Option("--prompt-size", min=1, metavar="N", help="Tokens of a prompt.")] = 1024,
     predict: AnswerLength = 256,
     kv: KvTypes = "f16,gear",
@@ -122,7 +122,7 @@ def drift(
     as_json: Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """How far greedy text follows f16's: first difference, places with the same token, repetition, length."""
+    """How far greedy text follows f16's: first difference, positions with the same token, repetition, length."""
     from gearcpp.evaluation import tasks
     from gearcpp.evaluation.text import read_text
 

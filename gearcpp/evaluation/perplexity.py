@@ -173,7 +173,7 @@ def split_chunks(tokens: I32, settings: Settings, bos: int | None) -> I32:
 
     Args:
         tokens: the whole text [n], as tokenized with special tokens added.
-        bos: the token that takes the first place of every chunk; None: the text keeps it.
+        bos: the first token of every chunk; None: the text keeps it.
 
     Returns:
         i32 [n_chunk, n_ctx]; what is left over at the end is not used.

@@ -226,7 +226,7 @@ class Drift:
     Attributes:
         first_difference: tokens before the answers part; the length of f16's if they do not.
         is_same: whether they do not.
-        same_share: share of places with the same token, over the longer answer.
+        same_share: share of positions with the same token, over the longer answer.
         repetition, repetition_f16: share of runs of four tokens that were there before.
         length_ratio: length of this answer / of f16's.
     """
@@ -240,7 +240,7 @@ class Drift:
 
 
 def split_prompts(llm: Llama, text: bytes, n_prompts: int, n_tokens: int) -> list[list[int]]:
-    """Prompts of ``n_tokens`` tokens from places spread evenly over a text.
+    """Prompts of ``n_tokens`` tokens spread evenly over a text.
 
     Raises:
         DataError: the text is too short for prompts that do not overlap.

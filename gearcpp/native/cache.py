@@ -65,11 +65,11 @@ class Cache:
 
     def write(self, side: Side, cells: npt.ArrayLike, rows: npt.ArrayLike, n_threads: int = 1) -> None:
         """Write rows [n, n_head_kv * d_head] into cells [n]."""
-        places = np.ascontiguousarray(cells, np.int64)
+        cell_ids = np.ascontiguousarray(cells, np.int64)
         data = np.ascontiguousarray(rows, np.float32)
-        if data.shape != (len(places), self._n_embd(side)):
-            raise from_status(lib.GEAR_ERROR_INVALID, f"rows must be [{len(places)}, {self._n_embd(side)}], not {list(data.shape)}")
-        check(lib.gear_cache_write(self._cache, side_number(side), len(places), pointer(places, "int64_t *"), pointer(data, "float *"), n_threads))
+        if data.shape != (len(cell_ids), self._n_embd(side)):
+            raise from_status(lib.GEAR_ERROR_INVALID, f"rows must be [{len(cell_ids)}, {self._n_embd(side)}], not {list(data.shape)}")
+        check(lib.gear_cache_write(self._cache, side_number(side), len(cell_ids), pointer(cell_ids, "int64_t *"), pointer(data, "float *"), n_threads))
 
     def read(self, side: Side, cell: int = 0, n: int | None = None) -> F16:
         """Rows of n consecutive cells (default: all from ``cell`` on) as f16 [n, n_head_kv * d_head]; cells never written are zero."""
@@ -147,9 +147,9 @@ class Cache:
             DataError: ``saved`` is damaged, or of another cache.
             ConfigError: the cache is not empty, or two cells go to one.
         """
-        places = None if to is None else np.ascontiguousarray(to, np.int64)
-        if places is not None and places.shape != (self.n_cell * self.n_stream,):
-            raise from_status(lib.GEAR_ERROR_INVALID, f"to must be [{self.n_cell * self.n_stream}], not {list(places.shape)}")
+        targets = None if to is None else np.ascontiguousarray(to, np.int64)
+        if targets is not None and targets.shape != (self.n_cell * self.n_stream,):
+            raise from_status(lib.GEAR_ERROR_INVALID, f"to must be [{self.n_cell * self.n_stream}], not {list(targets.shape)}")
 
         @ffi.callback("gear_session_read", error=1)  # type: ignore[untyped-decorator]
         def read(_: Any, offset: int, data: Any, n: int) -> int:
@@ -157,7 +157,7 @@ class Cache:
             return 0
 
         n_changed = ffi.new("int64_t *")
-        check(lib.gear_cache_load(self._cache, side_number(side), len(saved), read, ffi.NULL, pointer(places, "int64_t *"), n_changed))
+        check(lib.gear_cache_load(self._cache, side_number(side), len(saved), read, ffi.NULL, pointer(targets, "int64_t *"), n_changed))
         return int(n_changed[0])
 
     def attend(

@@ -134,7 +134,7 @@ class TileParts:
         b: f32 [d, r].
         mean: f32 [d], zeros without ``center``.
         outlier_value: f32 [n_vector, n_outlier]; vectors are the channels of K and the tokens of V.
-        outlier_index: i32 [n_vector, n_outlier], place within the vector.
+        outlier_index: i32 [n_vector, n_outlier], index within the vector.
     """
 
     codes: U8

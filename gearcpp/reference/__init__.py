@@ -20,8 +20,8 @@ except ImportError as error:
 
 from .registry import (
     Method,
-    Place,
     Recorder,
+    TileInfo,
     cq,
     decoquant,
     exllamav3,
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Method",
-    "Place",
     "Recorder",
+    "TileInfo",
     "cq",
     "decoquant",
     "exllamav3",

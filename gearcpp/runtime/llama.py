@@ -20,7 +20,7 @@ from .. import native
 from ..cache import stats
 from ..cache.device import GearDevice
 from ..cache.kv_type import KVType, KVTypeLike, for_sequences, normalize_kv_type
-from ..cache.placement import Placement, place
+from ..cache.placement import Placement, choose_placement
 from ..cache.python_codec import Codec, codec_of
 from ..errors import ClosedError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
 from ..model_info import NO_CACHE, ModelInfo, read_model_info
@@ -74,7 +74,7 @@ class Llama(llama_cpp.Llama):
         self.kv_type: KVType = normalize_kv_type(kv_type)
         self.info: ModelInfo = read_model_info(model_path, arguments.get("kv_overrides"))
         has_cache = not arguments.get("vocab_only") and self.info.arch not in NO_CACHE
-        placement = place(arguments, self.info.n_layer) if has_cache and self.kv_type.gear else Placement()
+        placement = choose_placement(arguments, self.info.n_layer) if has_cache and self.kv_type.gear else Placement()
         given = {"model_path": model_path, **arguments}
         resolved = parent_arguments(self.kv_type, given, self.info.n_ctx_train, has_cache=has_cache, placement=placement)
         self.kv_type = for_sequences(self.kv_type, self._n_sequences, resolved["n_ctx"])

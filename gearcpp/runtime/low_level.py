@@ -19,7 +19,7 @@ import llama_cpp
 from .. import native
 from ..cache.device import GearDevice
 from ..cache.kv_type import KVTypeLike, normalize_kv_type
-from ..cache.placement import ARGUMENTS, Placement, place
+from ..cache.placement import ARGUMENTS, Placement, choose_placement
 from ..cache.python_codec import Codec, codec_of
 from ..config import check_names
 from ..errors import ConfigError
@@ -53,7 +53,7 @@ def model_params(
         return _filled(llama_cpp.llama_model_default_params(), fields, reserved=()), None
     info, placement = read_model_info(path), Placement()
     if native.default_devices() != placement.devices:
-        placement = place({name: fields.pop(name) for name in ARGUMENTS if name in fields}, info.n_layer)
+        placement = choose_placement({name: fields.pop(name) for name in ARGUMENTS if name in fields}, info.n_layer)
     params = _filled(llama_cpp.llama_model_default_params(), fields, reserved=("devices", "n_gpu_layers", "split_mode", "tensor_split"))
     device = GearDevice(info, kv.gear, n_ubatch=n_ubatch, codec=codec, placement=placement)
     device.attach(params)

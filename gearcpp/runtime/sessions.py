@@ -1,8 +1,8 @@
 """Sessions: what a context holds, packed as it is, in a file or in memory.
 
-A session holds packed tiles bit for bit and no f16 copy of them; the native library reads and writes it (native/session/format.h says what is in it, each
-section under a checksum of its own). This module says whom it belongs to and puts it on disk: written to a temporary file and renamed, so that whatever
-happens the file is the old one or the whole new one.
+A session holds packed tiles bit for bit and no f16 copy of them. The native library reads and writes it: native/session/format.h says what is in it, each
+section under a checksum of its own. This module records which model, cache and context it belongs to, and puts it on disk: it writes a temporary file and
+renames it, so that whatever happens the file is the old one or the whole new one.
 
 `Llama.save_session`, `Llama.load_session`, `Llama.save_state` and `Llama.load_state` are what users call.
 """
@@ -101,7 +101,7 @@ class GearState(LlamaState):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
-# Whom a session belongs to
+# The owner of a session: model, cache and context
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""A GEAR device: the ggml devices that llama.cpp puts a model's layers on so that their KV cache is GEAR's: one, or one for each of several GPUs.
+"""A GEAR device: llama.cpp puts a model's layers on its ggml devices, and GEAR then holds their KV cache. One ggml device, or one for each GPU.
 
 `gearcpp.Llama` makes one by itself; those who use llama.cpp's low-level API get theirs from `gearcpp.model_params`.
 """
@@ -116,7 +116,7 @@ class GearDevice:
         return int(native.lib.gear_device_scratch_bytes(self._device))
 
     def check_owns(self, layers: tuple[KVLayer, ...], *, is_hybrid: bool) -> None:
-        """Raise UnsupportedError unless this device got the cache that it was made for, whatever llama.cpp does with the model's family.
+        """Raise UnsupportedError unless llama.cpp put the KV cache of these layers on this device.
 
         K and V of every layer must be in its stores (in a hybrid model any layer may have no cache, but not all of them), and not all of them kept as
         f16 because llama.cpp reads them by other operations than flash attention.

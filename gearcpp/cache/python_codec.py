@@ -1,6 +1,6 @@
-"""Codecs in Python in the place of the native one: reference methods in the form in which a device calls them, and a count of what they would store.
+"""Python codecs that replace the native one: reference methods in the form in which a device calls them, and the bytes that they would store.
 
-The device keeps what such a codec returns as f16, whatever the codec says that it takes, so no memory is saved.
+The device keeps what such a codec returns as f16, so no memory is saved.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MethodCodec:
 
 
 class CountedCodec:
-    """A codec with a count of what it would store for the tiles that it was given, one packed again counted again."""
+    """A codec that counts the bytes it would store. A tile that is packed again counts again."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec

@@ -23,7 +23,7 @@ _SUMS = ("n_elements", "n_written", "n_packed", "n_exact", "n_pack", "bytes", "b
 
 
 def gear_layers(stores: Iterable[dict[str, Any]], codec: CountedCodec | None = None) -> list[dict[str, Any]]:
-    """One entry for each store, from the fields of ``gear_store_stats``; ``codec``: the one in Python that stood in the native one's place."""
+    """One entry for each store, from the fields of ``gear_store_stats``; ``codec``: the Python codec, if one coded the tiles."""
     return [
         {
             **store,
@@ -47,7 +47,7 @@ def _codec_figures(store: dict[str, Any], codec: CountedCodec) -> dict[str, floa
 
 
 def llama_layers(kv: KVType, layers: Sequence[KVLayer], n_cell: int, n_written: int) -> list[dict[str, Any]]:
-    """The same for a cache of llama.cpp's own types, computed: llama.cpp has no call that tells. A full-size cache of one stream is taken for granted."""
+    """The same for a cache of llama.cpp's own types, computed, since llama.cpp has no call for it. Assumes a full-size cache of one stream."""
     return [
         {
             "il": layer.il,

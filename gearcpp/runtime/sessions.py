@@ -106,7 +106,7 @@ class GearState(LlamaState):
 
 
 def file_fingerprint(path: Path) -> str:
-    """SHA-256 over a file's size, its first MiB (metadata) and 64 samples of 64 KiB spread over it: models of any size in no time."""
+    """SHA-256 over a file's size, its first MiB (metadata) and 64 samples of 64 KiB spread over it: fast for models of any size."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         n_bytes = file.seek(0, os.SEEK_END)
@@ -118,7 +118,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def owner_of(llm: SessionLlama) -> dict[str, Any]:
-    """What a session must share with the context that takes it up, as JSON can hold it. Reads parts of the model's files."""
+    """What a session and the context that restores it must have in common, as JSON. Reads parts of the model's files."""
     kv, given = llm.kv_type, llm._given
     codec = kv.method.name if kv.method else bool(given.get("codec"))  # whose tiles are f16
     lora = given.get("lora_path")
@@ -158,7 +158,7 @@ def _check_owner(note: dict[str, Any], llm: SessionLlama) -> None:
 
 
 def _check_note(note: Any) -> dict[str, Any]:
-    """The note as it must be: checksums say that it is as it was written, not that gearcpp.Llama wrote it."""
+    """The note, its fields checked: checksums prove that it is undamaged, not that gearcpp.Llama wrote it."""
     kinds = {"owner": dict, "model": str, "kv_type": str, "llama_cpp_python": str, "tokens": list, "seed": int}
     sound = isinstance(note, dict) and all(isinstance(note.get(name), kind) for name, kind in kinds.items())
     sound = sound and {"model", "lora", "overrides", "cache", "context", "llama_state"} <= note["owner"].keys()
@@ -174,28 +174,28 @@ def _check_note(note: Any) -> dict[str, Any]:
 
 
 class Session:
-    """One session on its way, in a ``with`` statement."""
+    """An open session, in a ``with`` statement."""
 
     def __init__(self, pointer: Any, failures: list[BaseException]) -> None:
         self.pointer = pointer
         self._failures = failures
 
     def check(self, status: int) -> None:
-        """Raise what a failed native call means: first of all what a Python function that it called raised."""
+        """Raise the error of a failed native call. What a Python callback raised comes first."""
         if self._failures:
             raise self._failures[0]
         native.check(status)
 
     @property
     def window(self) -> tuple[Any, int]:
-        """Where llama.cpp's state goes to or comes from, as ctypes has it, and its bytes."""
+        """Where llama.cpp writes its state to or reads it from, as a ctypes pointer, and its bytes."""
         n = native.ffi.new("int64_t *")
         address = int(native.ffi.cast("uintptr_t", native.lib.gear_session_window(self.pointer, n)))
         return ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), n[0]
 
     @property
     def note(self) -> dict[str, Any]:
-        """What the session says of itself; DataError when gearcpp.Llama did not write it."""
+        """The session's header; DataError when gearcpp.Llama did not write it."""
         n = native.ffi.new("int64_t *")
         data = native.lib.gear_session_note(self.pointer, n)
         try:
@@ -290,7 +290,7 @@ def write_session(llm: SessionLlama, data: Any, write: Write) -> None:
 
 
 def restore_session(llm: SessionLlama, session: Session) -> Any:
-    """Make a context what it was. Nothing is changed before the session is known to fit; the context is empty when it fails after that.
+    """Restore a context. Nothing is changed before the session is known to fit; the context is empty when it fails after that.
 
     Returns:
         What was given to write_session as ``data``.
@@ -388,7 +388,7 @@ def read_data(path: Path) -> Any:
 
 @contextmanager
 def open_file(path: Path, *, note_only: bool = False) -> Iterator[Session]:
-    """The session of a file; what is wrong with it is said with its path."""
+    """The session of a file. Errors name its path."""
     try:
         with path.open("rb") as file:
             n_bytes = os.fstat(file.fileno()).st_size
@@ -403,7 +403,7 @@ def open_file(path: Path, *, note_only: bool = False) -> Iterator[Session]:
 
 
 def write_whole(path: Path, write_all: Callable[[Write], object]) -> int:
-    """Write a file under another name beside it, then rename it. What processes that were killed left behind is removed.
+    """Write a file under another name beside it, then rename it. What killed processes left behind is removed.
 
     Returns:
         Bytes written.
@@ -418,7 +418,7 @@ def write_whole(path: Path, write_all: Callable[[Write], object]) -> int:
         raise GearError(f"cannot save to {path}: {error.strerror}") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says that somebody is still writing it
+            fcntl.flock(file, fcntl.LOCK_EX)  # marks it as being written
             write_all(file.write)
             file.flush()
             os.fsync(file.fileno())
@@ -430,7 +430,7 @@ def write_whole(path: Path, write_all: Callable[[Write], object]) -> int:
         if isinstance(error, OSError):
             raise GearError(f"cannot save to {path}: {error.strerror}") from error
         raise
-    with contextlib.suppress(OSError):  # the name, too, outlives a power failure where the file system can say so
+    with contextlib.suppress(OSError):  # so that the new name survives a power failure, where the file system supports it
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

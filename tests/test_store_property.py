@@ -27,7 +27,7 @@ SIDES: tuple[native.Side, native.Side] = ("k", "v")
 
 SEED = int(os.environ.get("GEARCPP_TEST_SEED", "1"))
 N_STEPS = int(os.environ.get("GEARCPP_STEPS", "1200"))
-STEPS_PER_LIFE = 60
+STEPS_PER_RUN = 60
 
 # The backbone alone; presets come and go, and what they set is tried here by name.
 PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_k=False, center_v=False, clip_k=1.0, clip_v=1.0)
@@ -345,8 +345,8 @@ class Store(RuleBasedStateMachine):
 
 def test_the_store_is_a_plain_cache() -> None:
     options: dict[str, Any] = {
-        "max_examples": max(1, N_STEPS // STEPS_PER_LIFE),
-        "stateful_step_count": STEPS_PER_LIFE,
+        "max_examples": max(1, N_STEPS // STEPS_PER_RUN),
+        "stateful_step_count": STEPS_PER_RUN,
         "deadline": None,
         "print_blob": True,
         "database": None,

@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from gearcpp import PRESETS, GearConfig
 from gearcpp.reference.methods import gear, quantizers, rivals
-from gearcpp.reference.methods.native import native_gear, side_config, tile_bytes
+from gearcpp.reference.methods.gear_tile import gear_tile, side_config, tile_bytes
 from gearcpp.reference.methods.tensors import Coded, half
 
 TAIL = 256  # tokens: a query reads its own stretch exactly
@@ -165,7 +165,7 @@ def of_config(sides: str, name: str | None = None, **changes: object) -> Setting
     named = {f"{key}_{side}": value for key, value in changes.items() if key in per_side for side in sides}
     config = PLAIN.replace(**named, **{key: value for key, value in changes.items() if key not in per_side})
     label = name or " ".join(f"{key}={value:g}" for key, value in changes.items())
-    return Setting(label, sides, lambda side, x: native_gear(x, side, config), config.tile, config)
+    return Setting(label, sides, lambda side, x: gear_tile(x, side, config), config.tile, config)
 
 
 def plain(name: str, sides: str, code: Code, tile: int = 256) -> Setting:
@@ -229,7 +229,7 @@ def rival_settings() -> Iterator[Setting]:
         yield plain(f"GEAR as published, {bits} bits", "kv", lambda side, x, bits=bits: gear.gear(x, side, bits))
         yield plain(f"GEAR-L as published, {bits} bits", "kv", lambda side, x, bits=bits: gear.gear_l(x, side, bits))
     for name, config in PRESETS.items():
-        yield Setting(name, "kv", lambda side, x, config=config: native_gear(x, side, config), config.tile, config)
+        yield Setting(name, "kv", lambda side, x, config=config: gear_tile(x, side, config), config.tile, config)
 
 
 def searched_clip(side: str, bits: int, group: int) -> Setting:
@@ -272,9 +272,9 @@ def term_settings(attention: CodedAttention) -> Iterator[Setting]:
         }
         for term, change in changes.items():
             config = base.replace(**change)
-            yield Setting(f"{name}: {term}", "kv", lambda side, x, config=config: native_gear(x, side, config), config.tile, config)
+            yield Setting(f"{name}: {term}", "kv", lambda side, x, config=config: gear_tile(x, side, config), config.tile, config)
         for n_sink in (0, 16):
-            yield Setting(f"{name}: {n_sink} sinks", "kv", lambda side, x, base=base: native_gear(x, side, base), base.tile, n_sink=n_sink)
+            yield Setting(f"{name}: {n_sink} sinks", "kv", lambda side, x, base=base: gear_tile(x, side, base), base.tile, n_sink=n_sink)
         yield query_weighted(name, base, attention)
         yield ranked_by_layer(name, base.replace(**low_rank, rounds=3), base, attention)
 
@@ -285,17 +285,17 @@ def query_weighted(name: str, base: GearConfig, attention: CodedAttention) -> Se
 
     def code(side: str, x: Tensor, layer: int) -> Coded:
         if side == "v":
-            return native_gear(x, side, base)
+            return gear_tile(x, side, base)
         groups = x.unflatten(-2, (-1, base.group_k))
         spread = (groups - groups.mean(-2, keepdim=True)).square().mean((0, 2, 3, 4))  # [kv head, d]
         weight = torch.stack(attention.queries[layer]).mean(0)
         pairs = (y.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2) for y in (weight, spread))
         ratio = next(pairs) / next(pairs)
         scale = ratio.pow(0.25)[:, None, None]  # [kv head, 1, 1, d]
-        coded = native_gear(x * scale, side, base)
+        coded = gear_tile(x * scale, side, base)
         return Coded(coded.xhat / scale, coded.n_bytes)
 
-    return Setting(f"{name}: K weighted by queries", "kv", lambda side, x: native_gear(x, side, base), base.tile, by_layer=code)
+    return Setting(f"{name}: K weighted by queries", "kv", lambda side, x: gear_tile(x, side, base), base.tile, by_layer=code)
 
 
 def ranked_by_layer(name: str, ranked: GearConfig, base: GearConfig, attention: CodedAttention) -> Setting:
@@ -304,14 +304,14 @@ def ranked_by_layer(name: str, ranked: GearConfig, base: GearConfig, attention: 
     for layer, sides in attention.exact.items():
         for side, x in zip("kv", sides, strict=True):
             tiles = x[:1].unflatten(2, (-1, base.tile))
-            errors = [(native_gear(tiles, side, config).xhat - tiles).square().sum().item() for config in (base, ranked)]
+            errors = [(gear_tile(tiles, side, config).xhat - tiles).square().sum().item() for config in (base, ranked)]
             gains[side, layer] = 1 - errors[1] / errors[0]
     chosen = set(sorted(gains, key=gains.__getitem__)[len(gains) // 2 :])
 
     def code(side: str, x: Tensor, layer: int) -> Coded:
-        return native_gear(x, side, ranked if (side, layer) in chosen else base)
+        return gear_tile(x, side, ranked if (side, layer) in chosen else base)
 
-    return Setting(f"{name}: L, r = 2, in half of the layers", "kv", lambda side, x: native_gear(x, side, base), base.tile, by_layer=code)
+    return Setting(f"{name}: L, r = 2, in half of the layers", "kv", lambda side, x: gear_tile(x, side, base), base.tile, by_layer=code)
 
 
 def best_pairs(results: list[Result], budget: float, count: int = 4) -> list[Setting]:
@@ -325,7 +325,7 @@ def best_pairs(results: list[Result], budget: float, count: int = 4) -> list[Set
     found.sort(key=lambda pair: pair[0])
     best = list({config: None for _, config in found})[:count]  # in order, each once
     return [
-        Setting(f"budget {budget:g}: {describe(config)}", "kv", lambda side, x, config=config: native_gear(x, side, config), config.tile, config)
+        Setting(f"budget {budget:g}: {describe(config)}", "kv", lambda side, x, config=config: gear_tile(x, side, config), config.tile, config)
         for config in best
     ]
 

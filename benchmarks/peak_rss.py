@@ -24,10 +24,12 @@ import llama_cpp
 import numpy as np
 from llama_cpp._logger import set_verbose
 
-from gearcpp import context_params, kv_stats, model_params, normalize_kv_type
+from gearcpp import context_params, model_params, normalize_kv_type
+from gearcpp.cache import stats
 from gearcpp.cli._markdown import markdown_table
 from gearcpp.cli.bench._shapes import Shape, write_gguf
 from gearcpp.model_info import read_model_info
+from gearcpp.runtime.context import Batch
 
 N_VOCAB = 256
 N_UBATCH = 512
@@ -50,24 +52,17 @@ def fill(model: Path, kv: str, n_ctx: int, n_sequence: int, n_threads: int) -> d
     context = llama_cpp.llama_init_from_model(handle, context_params(kv_type, n_threads=n_threads, n_threads_batch=n_threads, **fields))
     if not context:
         raise SystemExit(f"{kv}: no context of {n_ctx} tokens: {device and device.take_failure()}")
-    batch = llama_cpp.llama_batch_init(N_UBATCH, 0, 1)
+    batch = Batch(N_UBATCH)
     random = np.random.default_rng(1)
     for sequence in range(n_sequence):
         for position in range(0, n_ctx // n_sequence, N_UBATCH):
-            set_batch(batch, random.integers(0, N_VOCAB, min(N_UBATCH, n_ctx // n_sequence - position)), position, sequence)
-            if status := llama_cpp.llama_decode(context, batch):
+            batch.clear()
+            batch.add(sequence, position, random.integers(0, N_VOCAB, min(N_UBATCH, n_ctx // n_sequence - position)))
+            if status := llama_cpp.llama_decode(context, batch.struct):
                 raise SystemExit(f"{kv}: llama_decode failed with {status}: {device and device.take_failure()}")
-    layers = kv_stats.gear_layers(device.stats()) if device else kv_stats.llama_layers(kv_type, read_model_info(model).layers, n_ctx, n_ctx)
-    total = kv_stats.summarize(kv_type, layers, device.scratch_bytes() if device else 0)["total"]
+    layers = stats.gear_layers(device.stats()) if device else stats.llama_layers(kv_type, read_model_info(model).layers, n_ctx, n_ctx)
+    total = stats.summarize(kv_type, layers, device.scratch_bytes() if device else 0)["total"]
     return {"kv": kv, "peak_rss": peak_rss(), "peak_rss_before": before, **total}
-
-
-def set_batch(batch: llama_cpp.llama_batch, tokens: np.ndarray, position: int, sequence: int) -> None:
-    """Tokens of one sequence, none of whose logits are wanted."""
-    batch.n_tokens = len(tokens)
-    for i, token in enumerate(tokens):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), position + i, 1, 0
-        batch.seq_id[i][0] = sequence
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = "tests/test_abi.py tests/test_native.py tests/test_llama.py tests/test_llama_state.py tests/test_sessions.py tests/test_cache_life_llama.py"
+TESTS = "tests/test_abi.py tests/test_native.py tests/test_llama.py tests/test_llama_state.py tests/test_sessions.py tests/test_cache_operations_llama.py"
 
 # Asked of each release. What the library of ggml says of itself comes by ctypes, so that it is known of a release that gearcpp refuses, too.
 PROOF = """
@@ -41,8 +41,8 @@ except AttributeError:
     ggml = "unknown"
 answer = {"llama_cpp_python": llama_cpp.__version__, "ggml": ggml, "problem": ""}
 try:
-    from gearcpp import AbiError, _native
-    _native.open_ggml()
+    from gearcpp import AbiError, native
+    native.open_ggml()
 except AbiError as error:
     answer["problem"] = str(error)
 print(json.dumps(answer))

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from gearcpp import PRESETS
 from gearcpp.reference.methods import gear, quantizers
-from gearcpp.reference.methods.native import native_gear
+from gearcpp.reference.methods.gear_tile import gear_tile
 from gearcpp.reference.methods.tensors import Coded, hadamard, half
 
 TILE = 256
@@ -33,7 +33,7 @@ Rows = dict[str, Tensor]  # [n_layer, n_head, n_tile, TILE, d] of each side
 def ours(name: str, **changes: object) -> Callable[[str, Tensor], Coded]:
     """A preset's D (and M), with other terms if asked for."""
     config = replace(PRESETS[name], **{"rank_k": 0, "rank_v": 0, **changes})
-    return lambda side, x: native_gear(x, side, config)
+    return lambda side, x: gear_tile(x, side, config)
 
 
 BACKBONES: dict[str, Callable[[str, Tensor], Coded]] = {

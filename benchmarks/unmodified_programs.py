@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gearcpp import _native
+from gearcpp import native
 from gearcpp.cli._markdown import markdown_table
 
 DEVICE = ["-dev", "GEAR0", "-ngl", "99"]
@@ -61,7 +61,7 @@ class Programs:
         self.scratch = tempfile.TemporaryDirectory()  # where they run: test-save-load-state writes a file
         # By name for those that take it; the limit of GNU OpenMP is for test-backend-ops, which asks for every processor.
         self.threads = ["-t", str(threads)]
-        self.environment = {**os.environ, "OMP_THREAD_LIMIT": str(threads), "GGML_BACKEND_PATH": str(_native.library_path())}
+        self.environment = {**os.environ, "OMP_THREAD_LIMIT": str(threads), "GGML_BACKEND_PATH": str(native.library_path())}
 
     def run(self, name: str, *arguments: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
         command = [str(self.folder / name), *arguments, *(self.threads if name != "test-backend-ops" else [])]

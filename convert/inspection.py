@@ -10,9 +10,10 @@ from typing import Any
 
 import gguf
 
-from gearcpp.config import PRESETS, KVTypeLike, normalize_kv_type
+from gearcpp.cache.kv_type import KVTypeLike, normalize_kv_type
+from gearcpp.cache.stats import LLAMA_BITS, cache_bytes
+from gearcpp.config import PRESETS
 from gearcpp.errors import DataError
-from gearcpp.kv_stats import LLAMA_BITS, cache_bytes
 from gearcpp.model_info import ModelInfo, read_model_info
 
 _LONGEST_VALUE = 200  # characters of a text, entries of a list: what is longer is described

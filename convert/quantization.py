@@ -81,7 +81,7 @@ def quantize_model(
 def _quantize(source: str, target: Path, params: Any) -> None:
     from llama_cpp import llama_cpp
 
-    from gearcpp._llama_log import LlamaLog
+    from gearcpp.runtime.llama_log import LlamaLog
 
     with LlamaLog() as log:
         status = llama_cpp.llama_model_quantize(source.encode(), os.fsencode(target), ctypes.byref(params))

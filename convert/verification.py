@@ -85,7 +85,7 @@ def llama_tokens(path: Path, texts: list[str], *, add_special: bool) -> list[lis
     """
     from llama_cpp import llama_cpp
 
-    from gearcpp._llama_log import LlamaLog
+    from gearcpp.runtime.llama_log import LlamaLog
 
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True

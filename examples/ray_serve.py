@@ -7,7 +7,7 @@ Every replica is a whole `gearcpp serve` application (`gearcpp.server.app.create
 they die, and spreads requests over them, streams included. On a cluster (`ray start --head`, `ray start --address=...`, then this script on one of its
 machines) the model's path must exist on every machine. Clients use http://HOST:PORT/v1 as ever.
 
-What replicas do not share: prompts share their beginnings within a replica only, and /metrics answers for whichever replica the request reaches.
+What replicas do not share: prompts share prefixes within a replica only, and /metrics answers for whichever replica the request reaches.
 """
 
 from __future__ import annotations

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from .caches import GearDiskCache, GearRAMCache
-    from .config import PRESETS, GearConfig, KVType, normalize_kv_type
+    from .cache.kv_type import KVType, normalize_kv_type
+    from .config import PRESETS, GearConfig
     from .convert import convert_model
     from .errors import AbiError, ClosedError, CodecError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
-    from .llama import Llama
-    from .low_level import context_params, model_params
     from .model_info import ModelInfo, read_model_info
-    from .sessions import GearState
+    from .runtime.llama import Llama
+    from .runtime.low_level import context_params, model_params
+    from .runtime.prompt_cache import GearDiskCache, GearRAMCache
+    from .runtime.sessions import GearState
 
 # Python started in a clone imports the sources there, which hide the installed package: what is built is found in the latter all the same.
 __path__ = _extend_path(__path__, __name__)
@@ -28,16 +29,18 @@ __path__ = _extend_path(__path__, __name__)
 # Imported when asked for: llama_cpp takes a second, and `gearcpp --help` does not need it. Nothing at all is imported before, so that the command line is
 # there for Ctrl-C from the first moment on.
 _LAZY = {
-    **dict.fromkeys(("PRESETS", "GearConfig", "KVType", "normalize_kv_type"), "config"),
+    **dict.fromkeys(("PRESETS", "GearConfig"), "config"),
     **dict.fromkeys(("AbiError", "ClosedError", "CodecError", "ConfigError", "DataError", "GearError", "OutOfMemoryError", "UnsupportedError"), "errors"),
-    "GearDiskCache": "caches",
-    "GearRAMCache": "caches",
-    "GearState": "sessions",
-    "Llama": "llama",
+    "GearDiskCache": "runtime.prompt_cache",
+    "GearRAMCache": "runtime.prompt_cache",
+    "GearState": "runtime.sessions",
+    "KVType": "cache.kv_type",
+    "Llama": "runtime.llama",
     "ModelInfo": "model_info",
-    "context_params": "low_level",
+    "context_params": "runtime.low_level",
     "convert_model": "convert",
-    "model_params": "low_level",
+    "model_params": "runtime.low_level",
+    "normalize_kv_type": "cache.kv_type",
     "read_model_info": "model_info",
 }
 

@@ -21,8 +21,8 @@ from pathlib import Path
 os.environ["GEARCPP_SMALL_CACHE"] = "store"
 os.environ["GEARCPP_KV"] = "bits_k=3,bits_v=3"
 
-from gearcpp import GearConfig, GearError, Llama, _native, read_model_info
-from gearcpp.device import GearDevice
+from gearcpp import GearConfig, GearError, Llama, native, read_model_info
+from gearcpp.cache.device import GearDevice
 
 CONFIG = GearConfig(tile=64, n_tail=32, n_sink=2, rank_k=1)
 TEXT = [1, *range(3, 250), *range(3, 200)]  # more than the pool of exact rows holds
@@ -78,7 +78,7 @@ def again(llm: Llama, tokens: list[int]) -> None:
 
 
 def opening(llamas: Llamas) -> Callable[[], object]:
-    return _native.open_ggml
+    return native.open_ggml
 
 
 def device(llamas: Llamas) -> Callable[[], object]:
@@ -88,12 +88,12 @@ def device(llamas: Llamas) -> Callable[[], object]:
 
 def registering(llamas: Llamas) -> Callable[[], object]:
     """What GGML_BACKEND_PATH does. It succeeds once in a process."""
-    init = ctypes.CDLL(str(_native.library_path())).ggml_backend_init
+    init = ctypes.CDLL(str(native.library_path())).ggml_backend_init
     init.restype = ctypes.c_void_p
 
     def register() -> None:
         if not init():
-            raise _native.last_error()
+            raise native.last_error()
 
     return register
 

@@ -6,7 +6,7 @@ import json
 import struct
 from typing import Any
 
-from gearcpp import _native
+from gearcpp import native
 
 HEAD = struct.Struct("<8sII")
 SECTION = struct.Struct("<IIQ")
@@ -14,7 +14,7 @@ NOTE, STATE, TENSOR, EXTRA, END = 1, 2, 3, 4, 0
 
 
 def _sum(data: bytes) -> bytes:
-    return struct.pack("<Q", _native.lib.gear_checksum(_native.ffi.from_buffer(data), len(data)))
+    return struct.pack("<Q", native.lib.gear_checksum(native.ffi.from_buffer(data), len(data)))
 
 
 def take_apart(data: bytes) -> list[tuple[int, bytes]]:

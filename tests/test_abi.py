@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from gearcpp import _native
+from gearcpp import native
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_run_time_proof_accepts_the_installed_ggml() -> None:
-    _native.open_ggml()
-    assert _native.ffi.string(_native.lib.gear_ggml_version()).decode() != ""
+    native.open_ggml()
+    assert native.ffi.string(native.lib.gear_ggml_version()).decode() != ""
 
 
 def test_declarations_equal_the_headers() -> None:

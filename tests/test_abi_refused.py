@@ -19,13 +19,13 @@ LIBRARIES = Path(os.environ.get("LLAMA_CPP_LIB_PATH", Path(llama_cpp.__file__).p
 OPEN = """
 import ctypes, sys
 import llama_cpp
-from gearcpp import AbiError, _native
+from gearcpp import AbiError, native
 stand_in = ctypes.CDLL(sys.argv[1])
 try:
-    _native.check(_native.lib.gear_open(_native.ffi.cast("void *", stand_in._handle)))
+    native.check(native.lib.gear_open(native.ffi.cast("void *", stand_in._handle)))
 except AbiError as error:
     print(error)
-    _native.open_ggml()  # the real one, afterwards, as ever
+    native.open_ggml()  # the real one, afterwards, as ever
     print("then opened")
 """
 

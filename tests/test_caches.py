@@ -52,10 +52,10 @@ def make_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int]
 MakeCache = Callable[..., Cache]
 
 
-def test_the_longest_beginning_is_found(make_cache: MakeCache, llm: Llama) -> None:
+def test_the_longest_prefix_is_found(make_cache: MakeCache, llm: Llama) -> None:
     cache = make_cache()
-    beginnings = [[5], [5, 6], [5, 6, 7, 8], [9, 9]]
-    for tokens in beginnings:
+    prefixes = [[5], [5, 6], [5, 6, 7, 8], [9, 9]]
+    for tokens in prefixes:
         cache[tokens] = state_of(llm, tokens)
     for tokens, found in (([5, 6, 7, 1], [5, 6, 7, 8]), ([5, 1], [5]), ([5, 6, 1], [5, 6]), ([9], [9, 9])):
         assert tokens in cache

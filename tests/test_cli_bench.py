@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gearcpp import ConfigError, GearConfig, OutOfMemoryError, _native, normalize_kv_type, read_model_info
+from gearcpp import ConfigError, GearConfig, OutOfMemoryError, native, normalize_kv_type, read_model_info
 from gearcpp.cli import main
 from gearcpp.cli.bench import _memory, _op, _report, _shapes, _steps
 from gearcpp.cli.bench._steps import Plan, Result, Runner
@@ -144,11 +144,11 @@ def test_every_group_is_led_by_the_baseline() -> None:
 
 def test_two_models_must_fit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan([8], [], [0])
-    monkeypatch.setattr(_native, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(native, "available_memory", lambda: 10**9)
     with pytest.raises(OutOfMemoryError, match=r"two models with a context of 256 need 1\.0 GiB, 0\.9 GiB are free"):
         _steps._n_resident(model, 2, plan)
     assert _steps._n_resident(model, 1, plan) == 2
-    monkeypatch.setattr(_native, "available_memory", lambda: 2 * 10**9)
+    monkeypatch.setattr(native, "available_memory", lambda: 2 * 10**9)
     assert _steps._n_resident(model, 6, plan) == 3
 
 
@@ -254,7 +254,7 @@ def test_the_op_counts_the_bytes_that_it_reads(monkeypatch: pytest.MonkeyPatch) 
     heads = _op.Heads(n_head=4, n_head_kv=2, d_head=64)
     found = _op.run([normalize_kv_type(config), normalize_kv_type("f16")], heads, [0, 256], repetitions=2, n_threads=1)
     assert [m.op for m in found] == ["attend exact", "attend", "pack"]
-    tiles = sum(_native.tile_describe(config, side, 64)["bytes"] for side in ("k", "v")) * 2 * 256 // 64
+    tiles = sum(native.tile_describe(config, side, 64)["bytes"] for side in ("k", "v")) * 2 * 256 // 64
     rows = 2 * 256 * 2 * 64 * 2  # K and V, cells, heads, channels, bytes
     assert [m.n_bytes for m in found] == [rows, tiles, rows + tiles]
     assert all(m.seconds > 0 and m.bandwidth > 0 and m.n_cell == 256 for m in found)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gearcpp import PRESETS, AbiError, ConfigError, GearError, _native
+from gearcpp import PRESETS, AbiError, ConfigError, GearError, native
 from gearcpp.cli import info, main
 from gearcpp.cli._model import bundled_model, choose_files, default_threads, resolve_model
 
@@ -36,17 +36,17 @@ def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     for name, preset in facts["presets"].items():
         assert preset["config"] == PRESETS[name].to_dict()
         for d_head, bits in preset["bits_per_element"].items():
-            assert bits["k"] == _native.bits_per_element(PRESETS[name], "k", int(d_head))
-            assert bits["v"] == _native.bits_per_element(PRESETS[name], "v", int(d_head))
+            assert bits["k"] == native.bits_per_element(PRESETS[name], "k", int(d_head))
+            assert bits["v"] == native.bits_per_element(PRESETS[name], "v", int(d_head))
             assert bits["mean"] == (bits["k"] + bits["v"]) / 2
 
 
 def test_info_for_people_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = run(capsys, "info")
     assert code == 0
-    assert "ABI proof         passed" in out and str(_native.library_path()) in out
+    assert "ABI proof         passed" in out and str(native.library_path()) in out
     row = next(line.split() for line in out.splitlines() if line.startswith("gear3 "))
-    expected = [_native.bits_per_element(PRESETS["gear3"], side, d) for d in info.HEAD_SIZES for side in ("k", "v")]
+    expected = [native.bits_per_element(PRESETS["gear3"], side, d) for d in info.HEAD_SIZES for side in ("k", "v")]
     assert row[1:] == [f"{x:.3f}" for x in (*expected[:2], sum(expected[:2]) / 2, *expected[2:], sum(expected[2:]) / 2)]
 
 
@@ -54,7 +54,7 @@ def test_info_tells_of_a_failed_proof(capsys: pytest.CaptureFixture[str], monkey
     def fail() -> dict[str, str]:
         raise AbiError("ggml 9.9.9 is laid out differently")
 
-    monkeypatch.setattr(_native, "versions", fail)
+    monkeypatch.setattr(native, "versions", fail)
     assert json.loads(run(capsys, "info", "--json")[1])["abi"] == {"passed": False, "reason": "ggml 9.9.9 is laid out differently"}
     assert "ABI proof         failed: ggml 9.9.9 is laid out differently" in run(capsys, "info")[1]
 

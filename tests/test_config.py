@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from gearcpp import PRESETS, ConfigError, GearConfig, KVType, _native, normalize_kv_type
-from gearcpp.config import for_sequences
+from gearcpp import PRESETS, ConfigError, GearConfig, KVType, native, normalize_kv_type
+from gearcpp.cache.kv_type import for_sequences
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_configurations_that_the_library_takes(name: str) -> None:
     assert normalize_kv_type(name).gear == PRESETS[name]
-    _native.check_config(PRESETS[name])
+    native.check_config(PRESETS[name])
 
 
 def test_forms_of_a_gear_type() -> None:
@@ -134,7 +134,7 @@ def test_bad_kv_types(kv_type: object, message: str) -> None:
 def test_the_library_refuses_what_python_refuses(change: dict[str, object]) -> None:
     """GearConfig checks nothing by itself, so a bad one can be handed to the native check directly."""
     with pytest.raises(ConfigError):
-        _native.check_config(GearConfig(**change))  # type: ignore[arg-type]
+        native.check_config(GearConfig(**change))  # type: ignore[arg-type]
 
 
 def test_replace_knows_its_fields() -> None:

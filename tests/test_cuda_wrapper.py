@@ -47,8 +47,8 @@ print(json.dumps(stats))
 llm.close()
 """
 
-# Lives of tests/test_cache_life.py: the K-shift, copies between streams, states of a context and of one sequence.
-LIVES = """
+# Scripts of tests/test_cache_operations.py: the K-shift, copies between streams, states of a context and of one sequence.
+SCRIPTS = """
 import json, sys
 arguments = json.loads(sys.argv[1])
 sys.path.insert(0, arguments["tests"])
@@ -56,13 +56,13 @@ import functools
 from pathlib import Path
 import gearcpp
 import numpy as np
-import test_cache_life as lives
+import test_cache_operations as operations
 gearcpp.model_params = functools.partial(gearcpp.model_params, **arguments.get("placement", {}))
 seen = {}
-for name, memory in arguments["lives"]:
-    life = lives.lead(Path(arguments["model"]), lives.PACKED, getattr(lives, name), 7, **lives.MEMORIES[memory][2])
-    assert life.most_packed > 0
-    seen[name + ", " + memory] = np.array(life.logits)
+for name, memory in arguments["scripts"]:
+    driver = operations.run_script(Path(arguments["model"]), operations.PACKED, getattr(operations, name), 7, **operations.MEMORIES[memory][2])
+    assert driver.most_packed > 0
+    seen[name + ", " + memory] = np.array(driver.logits)
 np.savez(arguments["out"], **seen)
 """
 
@@ -73,31 +73,31 @@ arguments = json.loads(sys.argv[1])
 sys.path.insert(0, arguments["tests"])
 import llama_cpp
 import numpy as np
-import test_cache_life as lives
+import test_cache_operations as operations
 
-def step(life, random):
-    life.step({s: lives.text(random, int(random.integers(1, 40))) for s in (0, 1)})
+def step(driver, random):
+    driver.step({s: operations.text(random, int(random.integers(1, 40))) for s in (0, 1)})
 
-def use(life, contexts):
+def use(driver, contexts):
     contexts = {name: {"context": None, "ends": {}, "logits": [], "random": np.random.default_rng(seed)} for name, seed in contexts}
     for turn in range(12):
         for name, c in contexts.items():
             if not c["context"]:
-                c["context"] = llama_cpp.llama_init_from_model(life.model, life._context_params)
-            kept = life.context, life.ends, life.logits
-            life.context, life.ends, life.logits = c["context"], c["ends"], c["logits"]
+                c["context"] = llama_cpp.llama_init_from_model(driver.model, driver._context_params)
+            kept = driver.context, driver.ends, driver.logits
+            driver.context, driver.ends, driver.logits = c["context"], c["ends"], c["logits"]
             if turn == 6 and name == "b":
-                life.clear(True)
-            step(life, c["random"])
-            c["ends"] = life.ends
-            life.context, life.ends, life.logits = kept
+                driver.clear(True)
+            step(driver, c["random"])
+            c["ends"] = driver.ends
+            driver.context, driver.ends, driver.logits = kept
     for c in contexts.values():
         llama_cpp.llama_free(c["context"])
     return {name: np.array(c["logits"]) for name, c in contexts.items()}
 
-with lives.Life(arguments["model"], lives.PACKED) as life:
-    together = use(life, [("a", 1), ("b", 2)])
-    alone = {**use(life, [("a", 1)]), **use(life, [("b", 2)])}
+with operations.CacheDriver(arguments["model"], operations.PACKED) as driver:
+    together = use(driver, [("a", 1), ("b", 2)])
+    alone = {**use(driver, [("a", 1)]), **use(driver, [("b", 2)])}
 np.savez(arguments["out"], **{name + " together": x for name, x in together.items()}, **{name + " alone": x for name, x in alone.items()})
 """
 
@@ -105,14 +105,14 @@ np.savez(arguments["out"], **{name + " together": x for name, x in together.item
 REGISTRY = """
 import ctypes, os
 import llama_cpp
-from gearcpp import _native
-_native.open_ggml()
+from gearcpp import native
+native.open_ggml()
 ggml = llama_cpp.llama_cpp._lib
 for name in ("ggml_backend_load", "ggml_backend_reg_dev_get", "ggml_backend_dev_name", "ggml_backend_dev_description", "ggml_backend_dev_by_name",
              "ggml_backend_dev_backend_reg", "ggml_backend_reg_get_proc_address"):
     getattr(ggml, name).restype = ctypes.c_char_p if name.endswith(("dev_name", "description")) else ctypes.c_void_p
 ggml.ggml_backend_reg_dev_count.restype = ctypes.c_size_t
-library = ctypes.c_void_p(ggml.ggml_backend_load(str(_native.library_path()).encode()))
+library = ctypes.c_void_p(ggml.ggml_backend_load(str(native.library_path()).encode()))
 devices = [ctypes.c_void_p(ggml.ggml_backend_reg_dev_get(library, ctypes.c_size_t(i))) for i in range(ggml.ggml_backend_reg_dev_count(library))]
 print([ggml.ggml_backend_dev_name(device).decode() for device in devices])
 print([bool(ggml.ggml_backend_dev_by_name(b"GEAR%d" % i)) for i in range(3)])
@@ -224,15 +224,15 @@ def test_wrapper_gives_what_the_cpu_gives(emulated: Path, bundled_model: Path, t
 
 
 def test_what_llama_cpp_does_with_a_cache_leaves_it_as_on_the_cpu(emulated: Path, random_model: Callable[..., Path], tmp_path: Path) -> None:
-    lives = [("shifts", "one stream"), ("shifts", "streams"), ("shared_prefix", "streams"), ("reload", "streams")]
-    arguments = {"model": str(random_model("llama")), "tests": str(ROOT / "tests"), "lives": lives}
-    _, cpu = run(ON_CPU, tmp_path / "cpu.npz", LIVES, **arguments)
-    _, cuda = run(on_gpu(emulated), tmp_path / "cuda.npz", LIVES, **arguments)
+    scripts = [("shifts", "one stream"), ("shifts", "streams"), ("shared_prefix", "streams"), ("reload", "streams")]
+    arguments = {"model": str(random_model("llama")), "tests": str(ROOT / "tests"), "scripts": scripts}
+    _, cpu = run(ON_CPU, tmp_path / "cpu.npz", SCRIPTS, **arguments)
+    _, cuda = run(on_gpu(emulated), tmp_path / "cuda.npz", SCRIPTS, **arguments)
     assert cpu.keys() == cuda.keys()
     for name, wanted in cpu.items():
         distance = np.abs(cuda[name] - wanted).max(1) / np.abs(wanted).max(1)
         print(name, distance.max())
-        assert distance.max() < 0.05, name  # a fault is beyond 0.25 (test_cache_life.py)
+        assert distance.max() < 0.05, name  # a fault is beyond 0.25 (test_cache_operations.py)
 
 
 # GPUs, how layers are placed, and the share of the cache of the bundled model's six layers that each device has.
@@ -266,16 +266,16 @@ def test_layers_over_several_gpus_give_what_one_gives(emulated: Path, bundled_mo
 
 
 def test_what_llama_cpp_does_with_a_cache_on_two_gpus(emulated: Path, random_model: Callable[..., Path], tmp_path: Path) -> None:
-    lives = [("shifts", "one stream"), ("shared_prefix", "streams"), ("reload", "streams"), ("reset_and_reuse", "one stream")]
-    arguments = {"model": str(random_model("llama", Shape(n_layer=3))), "tests": str(ROOT / "tests"), "lives": lives}
-    _, one = run(on_gpu(emulated, order="fixed"), tmp_path / "one.npz", LIVES, **arguments)
+    scripts = [("shifts", "one stream"), ("shared_prefix", "streams"), ("reload", "streams"), ("reset_and_reuse", "one stream")]
+    arguments = {"model": str(random_model("llama", Shape(n_layer=3))), "tests": str(ROOT / "tests"), "scripts": scripts}
+    _, one = run(on_gpu(emulated, order="fixed"), tmp_path / "one.npz", SCRIPTS, **arguments)
     two_gpus = on_gpu(emulated, "1000,1000", order="fixed")
-    _, two = run(two_gpus, tmp_path / "two.npz", LIVES, **arguments)
+    _, two = run(two_gpus, tmp_path / "two.npz", SCRIPTS, **arguments)
     assert one.keys() == two.keys()
     for name, wanted in one.items():
         assert np.array_equal(two[name], wanted), name
-    arguments["lives"] = [("shifts", "one stream"), ("reload", "streams")]
-    _, partly = run(two_gpus, tmp_path / "partly.npz", LIVES, placement={"n_gpu_layers": 3}, **arguments)
+    arguments["scripts"] = [("shifts", "one stream"), ("reload", "streams")]
+    _, partly = run(two_gpus, tmp_path / "partly.npz", SCRIPTS, placement={"n_gpu_layers": 3}, **arguments)
     for name, found in partly.items():
         distance = np.abs(found - one[name]).max(1) / np.abs(one[name]).max(1)
         assert 0 < distance.max() < 0.05, name  # one layer of three has other kernels
@@ -346,7 +346,7 @@ def test_layers_cut_up_over_gpus_are_refused_with_a_reason(emulated: Path, bundl
 
 
 def test_missing_library_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:
-    code = "from gearcpp import _native; print(_native.text(_native.lib.gear_cuda_problem()))"
+    code = "from gearcpp import native; print(native.text(native.lib.gear_cuda_problem()))"
     environment = {**os.environ, "GEARCPP_CUDA_LIBRARY": str(tmp_path / "absent.so")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "nvcc" in done.stdout

@@ -1,4 +1,4 @@
-"""gearcpp.evaluate: what is asked, how answers are read and compared, and the command on the model that comes with gearcpp."""
+"""gearcpp.evaluation.tasks: what is asked, how answers are read and compared, and the command on the model that comes with gearcpp."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from gearcpp import ConfigError, DataError, Llama
 from gearcpp.cli import main
-from gearcpp.evaluate import (
+from gearcpp.evaluation.tasks import (
     Answer,
     Problem,
     answer,
@@ -154,7 +154,7 @@ def test_the_same_numbers_are_hidden_from_every_cache(llm: Llama, monkeypatch: p
         hidden.append(int(number))
         return Answer([], f" {number}." if len(hidden) % 2 else " unknown.", 0.0)
 
-    monkeypatch.setattr("gearcpp.evaluate.answer", found)
+    monkeypatch.setattr("gearcpp.evaluation.tasks.answer", found)
     searches = [*needle(llm, TEXT, [200, 300], [0.0, 1.0], seed=3), *needle(llm, TEXT, [200, 300], [0.0, 1.0], seed=3)]
     assert hidden[:4] == hidden[4:] and len(set(hidden)) == 4
     assert [search.is_found for search in searches] == [True, False] * 4
@@ -179,7 +179,7 @@ def test_prompts_are_spread_over_the_text(llm: Llama) -> None:
 
 def test_solving_counts_the_right_number(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = iter([" 2 + 2 = 4\n#### 4", " many"])
-    monkeypatch.setattr("gearcpp.evaluate.answer", lambda llm, prompt, n_predict, stop: Answer([], next(texts), 0.0))
+    monkeypatch.setattr("gearcpp.evaluation.tasks.answer", lambda llm, prompt, n_predict, stop: Answer([], next(texts), 0.0))
     right, wrong = gsm8k(llm, [], [Problem("a", "b", "4"), Problem("c", "d", "5")])
     assert (right.result, right.is_right) == ("4", True)
     assert (wrong.result, wrong.is_right) == (None, False)

@@ -1,4 +1,4 @@
-"""gearcpp.Llama as an object: its arguments, its life, its errors, and that llama-cpp-python's API works through it."""
+"""gearcpp.Llama as an object: its arguments, how it is made and closed, its errors, and that llama-cpp-python's API works through it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from models import Shape, write_lora
 
 from gearcpp import ClosedError, CodecError, ConfigError, DataError, GearConfig, Llama, OutOfMemoryError, UnsupportedError
-from gearcpp._arguments import parent_arguments
-from gearcpp.config import normalize_kv_type
-from gearcpp.device import GearDevice
+from gearcpp.cache.device import GearDevice
+from gearcpp.cache.kv_type import normalize_kv_type
+from gearcpp.runtime.arguments import parent_arguments
 
 # A cache that packs soon: so small ones, as tests have, are not all exact.
 SMALL = GearConfig(tile=64, n_tail=32)
@@ -176,7 +176,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
-# Life
+# Made, closed, made again
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +207,7 @@ def test_use_after_close(kv_type: Any, random_model: RandomModel) -> None:
             use()
 
 
-def test_a_hundred_lives(random_model: RandomModel) -> None:
+def test_a_hundred_loads(random_model: RandomModel) -> None:
     """The device goes after the model: the wrong order crashes now and then."""
     for _ in range(100):
         load(random_model(), n_ctx=256).close()

@@ -14,7 +14,9 @@ import pytest
 from models import N_VOCAB, Shape
 
 import gearcpp
-from gearcpp import ConfigError, GearConfig, Llama, _native
+from gearcpp import ConfigError, GearConfig, Llama, native
+from gearcpp.cache.device import GearDevice
+from gearcpp.runtime.context import Batch
 
 RandomModel = Callable[..., Path]
 N_CTX, N_TOKENS = 512, 400
@@ -85,7 +87,7 @@ def test_statistics_add_up(random_model: RandomModel, random: np.random.Generato
     for layer in layers:
         assert (layer["kind"], layer["n_head_kv"], layer["d_head"], layer["n_cell"], layer["n_stream"]) == ("gear", 2, 64, N_CTX, 1)
         assert layer["n_written"] == N_TOKENS == layer["n_packed"] + layer["n_exact"]
-        assert layer["bits_per_element"] == _native.bits_per_element(config, layer["side"], 64)
+        assert layer["bits_per_element"] == native.bits_per_element(config, layer["side"], 64)
         assert layer["bytes_tiles"] == N_CTX * 2 * 64 * layer["bits_per_element"] / 8
         assert layer["bytes_f16"] == N_CTX * 2 * 64 * 2
         assert layer["bytes_tiles_used"] <= layer["bytes_tiles"]
@@ -135,7 +137,7 @@ def test_ubatch_does_not_matter_while_rows_are_exact(random_model: RandomModel, 
 
 
 @contextmanager
-def low_level(path: Path, kv_type: Any, **fields: Any) -> Iterator[tuple[Any, gearcpp.device.GearDevice | None]]:
+def low_level(path: Path, kv_type: Any, **fields: Any) -> Iterator[tuple[Any, GearDevice | None]]:
     params, device = gearcpp.model_params(path, kv_type, n_ubatch=64)
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     context = llama_cpp.llama_init_from_model(model, gearcpp.context_params(kv_type, n_ctx=2 * N_CTX, n_batch=64, n_ubatch=64, n_threads=2, **fields))
@@ -152,16 +154,11 @@ def low_level(path: Path, kv_type: Any, **fields: Any) -> Iterator[tuple[Any, ge
 def decode(context: Any, sequences: list[list[int]], position: int) -> np.ndarray:
     """Decode the same number of tokens of each sequence; logits of the last ones [n_sequence, n_vocab]."""
     n = len(sequences[0])
-    batch = llama_cpp.llama_batch_init(n * len(sequences), 0, len(sequences))
-    batch.n_tokens = n * len(sequences)
+    batch = Batch(n * len(sequences))
     for sequence, tokens in enumerate(sequences):
-        for i, token in enumerate(tokens):
-            at = sequence * n + i
-            batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, position + i, 1, i == n - 1
-            batch.seq_id[at][0] = sequence
-    assert llama_cpp.llama_decode(context, batch) == 0
+        batch.add(sequence, position, tokens, logits=True)
+    assert llama_cpp.llama_decode(context, batch.struct) == 0
     rows = [np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, (s + 1) * n - 1), (N_VOCAB,)).copy() for s in range(len(sequences))]
-    llama_cpp.llama_batch_free(batch)
     return np.array(rows, np.float64)
 
 

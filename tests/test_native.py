@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from gearcpp import PRESETS, AbiError, ConfigError, DataError, GearConfig, UnsupportedError, _native
+from gearcpp import PRESETS, AbiError, ConfigError, DataError, GearConfig, UnsupportedError, native
 
 D_HEAD = 64
 
@@ -27,58 +27,58 @@ def test_native_tests() -> None:
 
 
 def test_the_binding_is_of_this_library() -> None:
-    assert _native.text(_native.lib.gear_version()) == _native.versions()["gearcpp"]
-    assert set(_native.versions()) == {"gearcpp", "llama_cpp_python", "ggml", "ggml_commit"}
-    assert _native.library_path().is_file()
-    assert _native.available_memory() > 0
+    assert native.text(native.lib.gear_version()) == native.versions()["gearcpp"]
+    assert set(native.versions()) == {"gearcpp", "llama_cpp_python", "ggml", "ggml_commit"}
+    assert native.library_path().is_file()
+    assert native.available_memory() > 0
 
 
 def test_every_declared_function_is_exported() -> None:
     """cffi looks a symbol up when it is first used: here, all of them."""
-    declared = [name for name in dir(_native.lib) if name.startswith("gear_")]
+    declared = [name for name in dir(native.lib) if name.startswith("gear_")]
     assert len(declared) > 30
     for name in declared:
-        getattr(_native.lib, name)
+        getattr(native.lib, name)
 
 
 def test_a_missing_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin" if sys.platform != "darwin" else "linux")
     with pytest.raises(AbiError, match="is missing from the gearcpp package"):
-        _native.library_path()
+        native.library_path()
 
 
 def test_simd_levels() -> None:
-    levels = _native.simd_levels()
+    levels = native.simd_levels()
     assert levels[-1] == "scalar"
-    before = _native.simd_level()
+    before = native.simd_level()
     try:
-        _native.select_simd("scalar")
-        assert _native.simd_level() == "scalar"
-        _native.select_simd(None)
-        assert _native.simd_level() in levels
+        native.select_simd("scalar")
+        assert native.simd_level() == "scalar"
+        native.select_simd(None)
+        assert native.simd_level() in levels
         with pytest.raises(ConfigError, match="mmx"):
-            _native.select_simd("mmx")
+            native.select_simd("mmx")
     finally:
-        _native.select_simd(before)
+        native.select_simd(before)
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_tile_there_and_back(name: str, side: _native.Side, random: np.random.Generator) -> None:
+def test_a_tile_there_and_back(name: str, side: native.Side, random: np.random.Generator) -> None:
     config = PRESETS[name]
-    layout = _native.tile_describe(config, side, D_HEAD)
+    layout = native.tile_describe(config, side, D_HEAD)
     x = random.standard_normal((config.tile, D_HEAD)).astype(np.float32)
-    tile = _native.tile_pack(config, side, x)
+    tile = native.tile_pack(config, side, x)
     assert tile.nbytes == layout["bytes"]
-    assert layout["bytes"] * 8 / x.size == _native.bits_per_element(config, side, D_HEAD)
+    assert layout["bytes"] * 8 / x.size == native.bits_per_element(config, side, D_HEAD)
 
-    restored = _native.tile_unpack(config, side, D_HEAD, tile)
+    restored = native.tile_unpack(config, side, D_HEAD, tile)
     # A code is at most half a step off, and the step is the group's range over 2^bits - 1; a normal sample of a tile spans less than 10 either way.
     step = 10.0 / (2 ** getattr(config, f"bits_{side}") - 1)
     assert np.abs(restored - x).max() < step
 
     unaligned = np.concatenate([np.zeros(1, np.uint8), tile])[1:]
-    assert np.array_equal(_native.tile_unpack(config, side, D_HEAD, unaligned), restored)
+    assert np.array_equal(native.tile_unpack(config, side, D_HEAD, unaligned), restored)
 
 
 def test_parts_make_up_the_tile(random: np.random.Generator) -> None:
@@ -87,14 +87,14 @@ def test_parts_make_up_the_tile(random: np.random.Generator) -> None:
     x = random.standard_normal((config.tile, D_HEAD)).astype(np.float32)
     token, channel = np.indices(x.shape)
     for side in ("k", "v"):
-        tile = _native.tile_pack(config, side, x)
-        parts = _native.tile_parts(config, side, D_HEAD, tile)
+        tile = native.tile_pack(config, side, x)
+        parts = native.tile_parts(config, side, D_HEAD, tile)
         group = token // config.group_k * D_HEAD + channel if side == "k" else channel // config.group_v * config.tile + token
         expected = parts.zero[group] + parts.scale[group] * parts.codes + parts.a @ parts.b.T
         vector, _ = np.indices(parts.outlier_index.shape)
         place = (parts.outlier_index, vector) if side == "k" else (vector, parts.outlier_index)
         expected[place] = parts.outlier_value
-        np.testing.assert_allclose(_native.tile_unpack(config, side, D_HEAD, tile), expected, atol=1e-5)
+        np.testing.assert_allclose(native.tile_unpack(config, side, D_HEAD, tile), expected, atol=1e-5)
         np.testing.assert_array_equal(parts.outlier_value, x[place].astype(np.float16).astype(np.float32))
 
 
@@ -103,21 +103,21 @@ def test_unwritten_cells_have_no_say(random: np.random.Generator) -> None:
     x = random.standard_normal((config.tile, D_HEAD)).astype(np.float32)
     written = random.random(config.tile) < 0.5
     other = np.where(written[:, None], x, 1e9)
-    assert np.array_equal(_native.tile_pack(config, "k", x, written), _native.tile_pack(config, "k", other, written))
+    assert np.array_equal(native.tile_pack(config, "k", x, written), native.tile_pack(config, "k", other, written))
 
 
 def test_bad_tiles() -> None:
     config = GearConfig()
     with pytest.raises(ConfigError, match=r"x must be \[256, d_head\], not \[128, 64\]"):
-        _native.tile_pack(config, "k", np.zeros((128, D_HEAD)))
+        native.tile_pack(config, "k", np.zeros((128, D_HEAD)))
     with pytest.raises(ConfigError, match=r"written must be \[256\]"):
-        _native.tile_pack(config, "k", np.zeros((256, D_HEAD)), np.ones(3))
+        native.tile_pack(config, "k", np.zeros((256, D_HEAD)), np.ones(3))
     with pytest.raises(DataError, match="this tile has 3 bytes"):
-        _native.tile_unpack(config, "k", D_HEAD, np.zeros(3, np.uint8))
+        native.tile_unpack(config, "k", D_HEAD, np.zeros(3, np.uint8))
     with pytest.raises(UnsupportedError):
-        _native.tile_describe(config, "k", 40)
+        native.tile_describe(config, "k", 40)
     with pytest.raises(UnsupportedError):
-        _native.check_heads(config, 64, 512)
+        native.check_heads(config, 64, 512)
 
 
 def softmax_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, sinks: np.ndarray | None, softcap: float) -> np.ndarray:
@@ -140,7 +140,7 @@ def softmax_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndar
 @pytest.mark.parametrize(("with_sinks", "softcap"), [(False, 0.0), (True, 0.0), (False, 15.0)])
 def test_a_cache_attends_to_what_it_reads(with_sinks: bool, softcap: float, random: np.random.Generator) -> None:
     n_cell, n_query, n_head, n_head_kv, d_k, d_v = 512, 3, 4, 2, 64, 32
-    with _native.Cache(GearConfig(tile=64, n_tail=32), n_head_kv=n_head_kv, d_head_k=d_k, d_head_v=d_v, n_cell=n_cell, n_ubatch=64) as cache:
+    with native.Cache(GearConfig(tile=64, n_tail=32), n_head_kv=n_head_kv, d_head_k=d_k, d_head_v=d_v, n_cell=n_cell, n_ubatch=64) as cache:
         for start in range(0, n_cell, 64):
             for side, d_head in (("k", d_k), ("v", d_v)):
                 cache.write(side, np.arange(start, start + 64), random.standard_normal((64, n_head_kv * d_head)))
@@ -164,10 +164,10 @@ def test_a_cache_attends_to_what_it_reads(with_sinks: bool, softcap: float, rand
 
 def test_bad_caches(random: np.random.Generator) -> None:
     with pytest.raises(UnsupportedError):
-        _native.Cache(GearConfig(), n_head_kv=1, d_head_k=40, n_cell=256)
+        native.Cache(GearConfig(), n_head_kv=1, d_head_k=40, n_cell=256)
     with pytest.raises(ConfigError):
-        _native.Cache(GearConfig(bits_k=1), n_head_kv=1, d_head_k=64, n_cell=256)
-    with _native.Cache(GearConfig(), n_head_kv=2, d_head_k=64, n_cell=256) as cache:
+        native.Cache(GearConfig(bits_k=1), n_head_kv=1, d_head_k=64, n_cell=256)
+    with native.Cache(GearConfig(), n_head_kv=2, d_head_k=64, n_cell=256) as cache:
         with pytest.raises(ConfigError, match=r"rows must be \[1, 128\]"):
             cache.write("k", [0], np.zeros((1, 64)))
         with pytest.raises(ConfigError):

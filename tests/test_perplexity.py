@@ -1,4 +1,4 @@
-"""gearcpp.fidelity and gearcpp.perplexity: the formulas on numbers that can be checked by hand, the rules of chunking, and the command on small models."""
+"""gearcpp.evaluation: fidelity and perplexity; the formulas on numbers checked by hand, the rules of chunking, and the command on small models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from models import Shape
 
-import gearcpp.fidelity
+import gearcpp.evaluation.fidelity
 from gearcpp import CodecError, ConfigError, DataError, Llama
 from gearcpp.cli import main
-from gearcpp.fidelity import Tally, compare, kl_divergence, log_softmax
-from gearcpp.perplexity import F16, REFERENCE, Measurement, Settings, packed_shares, parse_cache, parse_caches, plan_passes, read_text, split_chunks
+from gearcpp.evaluation.fidelity import Tally, compare, kl_divergence, log_softmax
+from gearcpp.evaluation.perplexity import F16, REFERENCE, Measurement, Settings, packed_shares, parse_cache, parse_caches, plan_passes, split_chunks
+from gearcpp.evaluation.text import read_text
 
 TEXT = " ".join(f"Chapter {i}. It was a dark night, and the {i % 7} ships lay still in the harbour." for i in range(400))
 
@@ -95,7 +96,7 @@ def test_blocks_change_nothing(random: np.random.Generator, monkeypatch: pytest.
     targets = random.integers(0, 50, 37).astype(np.int32)
     whole, blocks = ((Tally(), Tally()) for _ in range(2))
     compare(f16, [other], targets, whole[0], whole[1:])
-    monkeypatch.setattr(gearcpp.fidelity, "BLOCK_ELEMENTS", 4 * 50)
+    monkeypatch.setattr(gearcpp.evaluation.fidelity, "BLOCK_ELEMENTS", 4 * 50)
     compare(f16, [other], targets, blocks[0], blocks[1:])
     for a, b in zip(whole, blocks, strict=True):
         for name in ("nll", "nll_f16", "kld", "delta_p", "same_top"):
@@ -289,7 +290,7 @@ def test_a_method_that_fails_or_is_interrupted_ends_the_run(bundled_model: Path,
         def fail(*_: object, cause: BaseException = cause) -> None:
             raise cause
 
-        monkeypatch.setattr("gearcpp.python_codec.MethodCodec.__call__", fail)
+        monkeypatch.setattr("gearcpp.cache.python_codec.MethodCodec.__call__", fail)
         with pytest.raises(raised) as caught:
             list(measurement.run())
         assert cause in (caught.value, caught.value.__cause__)

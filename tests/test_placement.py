@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gearcpp import ConfigError, _native
-from gearcpp._placement import Placement, place
+from gearcpp import ConfigError, native
+from gearcpp.cache.placement import Placement, choose_placement
 
 GPUS = ("CUDA0", "CUDA1", "CUDA2")
 
 
 @pytest.fixture(autouse=True)
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "default_devices", lambda: GPUS)
+    monkeypatch.setattr(native, "default_devices", lambda: GPUS)
 
 
 def layers(placement: Placement, n_layer: int) -> list[str]:
@@ -25,29 +25,35 @@ def layers(placement: Placement, n_layer: int) -> list[str]:
 
 
 def test_all_layers_are_on_gpus_unless_it_is_said() -> None:
-    assert place({}, 32) == place({"n_gpu_layers": -1}, 32) == place({"n_gpu_layers": 33}, 32) == place({"n_gpu_layers": 99}, 32) == Placement(GPUS)
-    assert place({"tensor_split": [3, 1]}, 32) == Placement(GPUS, (3.0, 1.0, 0.0))
-    assert place({"tensor_split": [0, 0, 0]}, 32) == Placement(GPUS)  # as llama.cpp takes it
-    assert place({"n_gpu_layers": 0}, 32).on_cpu
+    assert (
+        choose_placement({}, 32)
+        == choose_placement({"n_gpu_layers": -1}, 32)
+        == choose_placement({"n_gpu_layers": 33}, 32)
+        == choose_placement({"n_gpu_layers": 99}, 32)
+        == Placement(GPUS)
+    )
+    assert choose_placement({"tensor_split": [3, 1]}, 32) == Placement(GPUS, (3.0, 1.0, 0.0))
+    assert choose_placement({"tensor_split": [0, 0, 0]}, 32) == Placement(GPUS)  # as llama.cpp takes it
+    assert choose_placement({"n_gpu_layers": 0}, 32).on_cpu
 
 
 def test_one_gpu() -> None:
-    assert place({"split_mode": 0}, 32) == Placement(("CUDA0",))
-    assert place({"split_mode": 0, "main_gpu": 2, "tensor_split": [1, 0, 0]}, 32) == Placement(("CUDA2",))
-    assert place({"split_mode": 1, "main_gpu": 2}, 32) == Placement(GPUS)
+    assert choose_placement({"split_mode": 0}, 32) == Placement(("CUDA0",))
+    assert choose_placement({"split_mode": 0, "main_gpu": 2, "tensor_split": [1, 0, 0]}, 32) == Placement(("CUDA2",))
+    assert choose_placement({"split_mode": 1, "main_gpu": 2}, 32) == Placement(GPUS)
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 6, 7, 28, 32, 61, 80, 126])
 def test_layers_left_on_the_cpu_are_the_first_ones_and_exactly_as_many(n_layer: int) -> None:
     for n_gpu_layers in range(1, n_layer + 1):
         for split in (None, [1, 1, 1], [5, 1, 2.5], [0, 1, 0], [0.1, 0.7, 0.2]):
-            devices = layers(place({"n_gpu_layers": n_gpu_layers, "tensor_split": split}, n_layer), n_layer)
+            devices = layers(choose_placement({"n_gpu_layers": n_gpu_layers, "tensor_split": split}, n_layer), n_layer)
             n_cpu = n_layer + 1 - n_gpu_layers
             assert devices[:n_cpu] == ["CPU"] * n_cpu
             assert "CPU" not in devices[n_cpu:]
             assert devices == sorted(devices)  # GPUs in their order
     for n_gpu_layers in range(1, n_layer + 1):
-        devices = layers(place({"n_gpu_layers": n_gpu_layers, "split_mode": 0, "main_gpu": 1}, n_layer), n_layer)
+        devices = layers(choose_placement({"n_gpu_layers": n_gpu_layers, "split_mode": 0, "main_gpu": 1}, n_layer), n_layer)
         assert devices == ["CPU"] * (n_layer + 1 - n_gpu_layers) + ["CUDA1"] * n_gpu_layers
 
 
@@ -65,4 +71,4 @@ def test_layers_left_on_the_cpu_are_the_first_ones_and_exactly_as_many(n_layer: 
 )
 def test_what_cannot_be_is_refused_with_a_reason(given: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        place(given, 32)
+        choose_placement(given, 32)

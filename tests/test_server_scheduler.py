@@ -1,4 +1,4 @@
-"""Several sequences decoded together in one context: the same answers as alone, shared beginnings, full caches, cancelled and failing sequences."""
+"""Several sequences decoded together in one context: the same answers as alone, shared prefixes, full caches, cancelled and failing sequences."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_prompt_in_packed_tiles_is_still_understood_beside_others(kv_type: str
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
-# Shared beginnings
+# Shared prefixes
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +145,7 @@ def test_a_later_turn_of_a_conversation_evaluates_only_what_is_new() -> None:
 
 
 @pytest.mark.parametrize(("kv_type", "evaluated"), [("f16", [200] + [100] * 7), ("gear", [200, 100, 100, 100, 100, 200, 100, 100])])
-def test_under_gear_a_beginning_is_evaluated_anew_when_all_cells_were_written_once_more(kv_type: str, evaluated: list[int]) -> None:
+def test_under_gear_a_prefix_is_evaluated_anew_when_all_cells_were_written_once_more(kv_type: str, evaluated: list[int]) -> None:
     with served(2, 512, kv_type=kv_type) as llm:
         assert llm.scheduler
         start, found = words(llm, 100, 1), []

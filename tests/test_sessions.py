@@ -20,7 +20,8 @@ import pytest
 from models import N_VOCAB, Shape
 from session_files import END, EXTRA, NOTE, STATE, TENSOR, put_together, take_apart, with_note
 
-from gearcpp import ClosedError, CodecError, DataError, GearConfig, GearError, GearState, Llama, sessions
+from gearcpp import ClosedError, CodecError, DataError, GearConfig, GearError, GearState, Llama
+from gearcpp.runtime import sessions
 
 RandomModel = Callable[..., Path]
 SMALL = GearConfig(tile=64, n_tail=32, bits_k=6, bits_v=6)

@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, Phase, event, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from gearcpp import DataError, GearConfig, _native
+from gearcpp import DataError, GearConfig, native
 
 N_HEAD, D_HEAD = 2, 32
 N_EMBD = N_HEAD * D_HEAD
-SIDES: tuple[_native.Side, _native.Side] = ("k", "v")
+SIDES: tuple[native.Side, native.Side] = ("k", "v")
 
 SEED = int(os.environ.get("GEARCPP_TEST_SEED", "1"))
 N_STEPS = int(os.environ.get("GEARCPP_STEPS", "1200"))
-STEPS_PER_LIFE = 60
+STEPS_PER_RUN = 60
 
 # The backbone alone; presets come and go, and what they set is tried here by name.
 PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_k=False, center_v=False, clip_k=1.0, clip_v=1.0)
@@ -44,7 +44,7 @@ CONFIGS = [
 ]
 
 
-def step_of(config: GearConfig, side: _native.Side) -> float:
+def step_of(config: GearConfig, side: native.Side) -> float:
     """How far coding may move a number: a whole step of the widest group, whose numbers are within 1 but for shifts (sqrt 2) and rotation (sqrt d).
 
     A code is within half a step. The other half is for scales and zeros of 8 bits, and for L's share in the range.
@@ -54,7 +54,7 @@ def step_of(config: GearConfig, side: _native.Side) -> float:
     return 0.0 if bits == 16 else widest / (2**bits - 1)
 
 
-def cut_of(config: GearConfig, side: _native.Side) -> float:
+def cut_of(config: GearConfig, side: native.Side) -> float:
     """How far coding may move a number of a row that joins packed ones of K.
 
     Their group's range is held while the squares of what it cuts off are no more than a wider range's rounding adds: step^2 / 12 for each of its numbers.
@@ -88,8 +88,8 @@ class Store(RuleBasedStateMachine):
         self.last: set[int] = set()  # of the last write
         self.touched = np.zeros(n_all, np.bool_)  # rows that this step was to change
 
-    def make(self) -> _native.Cache:
-        return _native.Cache(self.config, n_head_kv=N_HEAD, d_head_k=D_HEAD, n_cell=self.n_cell, n_stream=self.n_stream, n_ubatch=self.n_ubatch)
+    def make(self) -> native.Cache:
+        return native.Cache(self.config, n_head_kv=N_HEAD, d_head_k=D_HEAD, n_cell=self.n_cell, n_stream=self.n_stream, n_ubatch=self.n_ubatch)
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):
@@ -345,8 +345,8 @@ class Store(RuleBasedStateMachine):
 
 def test_the_store_is_a_plain_cache() -> None:
     options: dict[str, Any] = {
-        "max_examples": max(1, N_STEPS // STEPS_PER_LIFE),
-        "stateful_step_count": STEPS_PER_LIFE,
+        "max_examples": max(1, N_STEPS // STEPS_PER_RUN),
+        "stateful_step_count": STEPS_PER_RUN,
         "deadline": None,
         "print_blob": True,
         "database": None,

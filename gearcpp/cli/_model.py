@@ -16,7 +16,7 @@ from gearcpp.model_info import read_model_info
 
 if TYPE_CHECKING:
     from gearcpp import Llama
-    from gearcpp.config import KVTypeLike
+    from gearcpp.cache.kv_type import KVTypeLike
 
 DEFAULT_QUANT = "Q4_K_M"
 DEFAULT_CTX = 8192

@@ -31,7 +31,7 @@ def load_session(path: Path, llm: Llama) -> Dialogue:
         DataError: the file is missing, damaged, foreign or of another version, belongs to another model or cache type, or does not fit into the context.
     """
     from gearcpp.cli._conversation import Dialogue
-    from gearcpp.sessions import read_data
+    from gearcpp.runtime.sessions import read_data
 
     try:
         dialogue = Dialogue(**read_data(path)["dialogue"])

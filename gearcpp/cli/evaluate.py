@@ -23,8 +23,8 @@ from gearcpp.errors import ConfigError
 
 if TYPE_CHECKING:
     from gearcpp import Llama
-    from gearcpp.evaluate import Answer, Search, Solved
-    from gearcpp.perplexity import CacheSpec
+    from gearcpp.evaluation.perplexity import CacheSpec
+    from gearcpp.evaluation.tasks import Answer, Search, Solved
 
 eval_app = typer.Typer(help="What a compressed KV cache does to the text that a model writes, next to f16.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
@@ -52,15 +52,15 @@ def gsm8k(
     verbose: options.Verbose = False,
 ) -> None:
     """Grade-school arithmetic, eight worked examples in the prompt."""
-    from gearcpp import evaluate
+    from gearcpp.evaluation import tasks
 
-    listed = evaluate.read_problems(file)
-    examples = evaluate.read_problems(shots) if shots else listed
-    if len(examples) < evaluate.N_SHOTS or not (asked := (listed if shots else listed[evaluate.N_SHOTS :])[:problems]):
-        raise ConfigError(f"{shots or file} has too few problems: {evaluate.N_SHOTS} are worked examples in the prompt, and at least one is to be solved")
+    listed = tasks.read_problems(file)
+    examples = tasks.read_problems(shots) if shots else listed
+    if len(examples) < tasks.N_SHOTS or not (asked := (listed if shots else listed[tasks.N_SHOTS :])[:problems]):
+        raise ConfigError(f"{shots or file} has too few problems: {tasks.N_SHOTS} are worked examples in the prompt, and at least one is to be solved")
 
     def solve(llm: Llama) -> Iterator[Solved]:
-        return evaluate.gsm8k(llm, examples[: evaluate.N_SHOTS], asked, predict)
+        return tasks.gsm8k(llm, examples[: tasks.N_SHOTS], asked, predict)
 
     results = _run(solve, len(asked), kv, resolve_model(model, hf), ctx_size, threads, verbose)
     lines = []
@@ -88,15 +88,15 @@ def needle(
     verbose: options.Verbose = False,
 ) -> None:
     """Find a number that stands somewhere in a long text."""
-    from gearcpp import evaluate
-    from gearcpp.perplexity import read_text
+    from gearcpp.evaluation import tasks
+    from gearcpp.evaluation.text import read_text
 
     check_plot(plot_file)
     text, sizes = read_text(file), _numbers(lengths)
-    places = [i / (depths - 1) for i in range(depths)]
+    fractions = [i / (depths - 1) for i in range(depths)]
 
     def search(llm: Llama) -> Iterator[Search]:
-        return evaluate.needle(llm, text, sizes, places, seed)
+        return tasks.needle(llm, text, sizes, fractions, seed)
 
     results = _run(search, len(sizes) * depths, kv, resolve_model(model, hf), ctx_size, threads, verbose)
     lines = []
@@ -105,13 +105,13 @@ def needle(
         lines.append((spec.label, *_shared_cells(spec, [one.answer for one in searches]), *(f"{sum(found)}/{len(found)}" for found in by_length)))
     _report(("cache", "answers", "packed", *(f"{length} tokens" for length in sizes)), lines, results, as_json)
     if plot_file:
-        _draw_grids(plot_file, results, sizes, places)
+        _draw_grids(plot_file, results, sizes, fractions)
 
 
 @eval_app.command()
 def drift(
     file: TextFile,
-    prompts: Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="Prompts, from places spread over the text.")] = 8,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="Prompts, spread evenly over the text.")] = 8,
     prompt_size: Annotated[int, typer.Option("--prompt-size", min=1, metavar="N", help="Tokens of a prompt.")] = 1024,
     predict: AnswerLength = 256,
     kv: KvTypes = "f16,gear",
@@ -122,19 +122,19 @@ def drift(
     as_json: Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """How far greedy text follows f16's: first difference, places with the same token, repetition, length."""
-    from gearcpp import evaluate
-    from gearcpp.perplexity import read_text
+    """How far greedy text follows f16's: first difference, positions with the same token, repetition, length."""
+    from gearcpp.evaluation import tasks
+    from gearcpp.evaluation.text import read_text
 
     text = read_text(file)
 
     def write(llm: Llama) -> Iterator[Answer]:
-        return (evaluate.answer(llm, prompt, predict) for prompt in evaluate.split_prompts(llm, text, prompts, prompt_size))
+        return (tasks.answer(llm, prompt, predict) for prompt in tasks.split_prompts(llm, text, prompts, prompt_size))
 
     results = _run(write, prompts, kv, resolve_model(model, hf), ctx_size, threads, verbose)
     lines = []
     for spec, answers in results.by_cache.items():
-        drifts = [evaluate.compare_answers(one.tokens, f16.tokens) for one, f16 in zip(answers, results.f16, strict=False)]
+        drifts = [tasks.compare_answers(one.tokens, f16.tokens) for one, f16 in zip(answers, results.f16, strict=False)]
         lines.append(
             (
                 spec.label,
@@ -172,7 +172,7 @@ def _run(task: Callable[[Llama], Iterator[Any]], n_cases: int, kv: str, path: Pa
     from llama_cpp._logger import set_verbose
     from rich.progress import Progress
 
-    from gearcpp.evaluate import load, parse_specs
+    from gearcpp.evaluation.tasks import load, parse_specs
     from gearcpp.model_info import read_model_info
 
     specs = parse_specs(kv)

@@ -32,9 +32,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] 
 @app.command("plugin-path")
 def plugin_path() -> None:
     """Print the plugin's path, for GGML_BACKEND_PATH and unmodified llama.cpp programs."""
-    from gearcpp import _native
+    from gearcpp import native
 
-    typer.echo(_native.library_path())
+    typer.echo(native.library_path())
 
 
 def collect() -> dict[str, Any]:
@@ -45,7 +45,7 @@ def collect() -> dict[str, Any]:
     """
     import llama_cpp
 
-    from gearcpp import __version__, _native
+    from gearcpp import __version__, native
 
     devices = ggml_devices()
     return {
@@ -53,8 +53,8 @@ def collect() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "llama_cpp_python": llama_cpp.__version__,
         **_abi_proof(),
-        "plugin": str(_native.library_path()),
-        "simd": {"current": _native.simd_level(), "available": _native.simd_levels()},
+        "plugin": str(native.library_path()),
+        "simd": {"current": native.simd_level(), "available": native.simd_levels()},
         "devices": devices,
         "cuda": (cuda := any(device["name"].startswith("CUDA") for device in devices)),
         "cuda_kernels": _cuda_kernels(cuda),
@@ -64,10 +64,10 @@ def collect() -> dict[str, Any]:
 
 def _abi_proof() -> dict[str, Any]:
     """Whether this ggml is laid out as the plugin expects, and why not."""
-    from gearcpp import _native
+    from gearcpp import native
 
     try:
-        versions = _native.versions()
+        versions = native.versions()
     except AbiError as error:
         return {"ggml": "unknown", "ggml_commit": "unknown", "abi": {"passed": False, "reason": str(error)}}
     return {"ggml": versions["ggml"], "ggml_commit": versions["ggml_commit"], "abi": {"passed": True, "reason": ""}}
@@ -75,11 +75,11 @@ def _abi_proof() -> dict[str, Any]:
 
 def _cuda_kernels(has_device: bool) -> dict[str, Any]:
     """Whether gearcpp's own CUDA kernels are there. They are loaded, and so proved, only where llama.cpp has a CUDA device."""
-    from gearcpp import _native
+    from gearcpp import native
 
-    library = _native.library_path()
+    library = native.library_path()
     is_built = library.with_name(library.name.replace("libgearcpp", "libgearcpp-cuda")).exists()
-    problem = _native.text(_native.lib.gear_cuda_problem()) if has_device else ""
+    problem = native.text(native.lib.gear_cuda_problem()) if has_device else ""
     return {"built": is_built, "problem": problem}
 
 
@@ -93,11 +93,11 @@ def _cuda_line(kernels: dict[str, Any]) -> str:
 
 def _bits(config: Any) -> dict[str, dict[str, float]]:
     """Bits per element of a packed tile by head size: K, V and their mean, everything in the tile counted."""
-    from gearcpp import _native
+    from gearcpp import native
 
     bits = {}
     for d_head in HEAD_SIZES:
-        k, v = (_native.bits_per_element(config, side, d_head) for side in ("k", "v"))
+        k, v = (native.bits_per_element(config, side, d_head) for side in ("k", "v"))
         bits[str(d_head)] = {"k": k, "v": v, "mean": (k + v) / 2}
     return bits
 

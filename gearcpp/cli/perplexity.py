@@ -21,7 +21,7 @@ from gearcpp.cli._plot import check_plot, check_writable, import_pyplot, save_fi
 from gearcpp.errors import DataError
 
 if TYPE_CHECKING:
-    from gearcpp.perplexity import Measurement, Row
+    from gearcpp.evaluation.perplexity import Measurement, Row
 
 _OUTPUT = "Output"
 
@@ -72,7 +72,8 @@ def perplexity(
     check_plot(plot_file)
     from llama_cpp._logger import set_verbose
 
-    from gearcpp.perplexity import Measurement, Settings, read_text
+    from gearcpp.evaluation.perplexity import Measurement, Settings
+    from gearcpp.evaluation.text import read_text
 
     set_verbose(verbose)
     default_ctx, default_ubatch = (512, 512) if like_llama else (4096, 128)

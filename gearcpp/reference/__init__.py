@@ -9,6 +9,8 @@ Raises on import:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ..errors import UnsupportedError
 
 try:
@@ -16,11 +18,10 @@ try:
 except ImportError as error:
     raise UnsupportedError("gearcpp.reference needs PyTorch: pip install gearcpp[reference]") from error
 
-from .calibration import record
 from .registry import (
     Method,
-    Place,
     Recorder,
+    TileInfo,
     cq,
     decoquant,
     exllamav3,
@@ -40,10 +41,13 @@ from .registry import (
     turboquant,
 )
 
+if TYPE_CHECKING:
+    from ..evaluation.calibration import record
+
 __all__ = [
     "Method",
-    "Place",
     "Recorder",
+    "TileInfo",
     "cq",
     "decoquant",
     "exllamav3",
@@ -63,3 +67,12 @@ __all__ = [
     "record",
     "turboquant",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # `record` runs a model, far above the methods that it calibrates: users find it here, the methods themselves do not need it.
+    if name == "record":
+        from ..evaluation.calibration import record
+
+        return record
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

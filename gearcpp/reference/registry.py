@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..config import PRESETS, GearConfig
+from ..config import PRESETS, GearConfig, suggest
 from ..errors import ConfigError
 from .methods import cq as _cq
 from .methods import decoquant as _decoquant
 from .methods import gear as _gear
+from .methods import gear_tile as _gear_tile
 from .methods import kvquant as _kvquant
-from .methods import native as _native
 from .methods import quantizers as _quantizers
 from .methods import rivals as _rivals
 from .methods.rope import Rope
@@ -27,12 +26,12 @@ from .methods.tensors import Coded
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tile stands.
+class TileInfo:
+    """Which tile a method codes.
 
     Attributes:
         positions: [n], of its tokens. The runtime gives their cells, which are positions as long as a cache holds one sequence that was never shifted.
-        rows: [n], where the tokens stand within the tile.
+        rows: [n], indices of the tokens within the tile.
         layer, head: the layer's index in the model and the KV head's in the layer.
     """
 
@@ -42,7 +41,7 @@ class Place:
     head: int = 0
 
 
-Code = Callable[[str, Tensor, Place], Coded]
+Code = Callable[[str, Tensor, TileInfo], Coded]
 Key = TypeVar("Key")
 Found = TypeVar("Found")
 
@@ -53,7 +52,7 @@ class Method:
 
     Attributes:
         name: what to call it in tables; `method` finds it by this name.
-        code: (side, x [n, d], place) -> (reconstruction, bytes).
+        code: (side, x [n, d], info) -> (reconstruction, bytes).
         tile: tokens that it expects in a tile; None: any number.
     """
 
@@ -93,13 +92,13 @@ class Method:
         restored = torch.zeros_like(rows)
         if not mask.any():
             return restored.numpy(), 0.0
-        coded = self.code(side, rows[mask], Place(where[mask], mask.nonzero().squeeze(1), layer, head))
+        coded = self.code(side, rows[mask], TileInfo(where[mask], mask.nonzero().squeeze(1), layer, head))
         restored[mask] = coded.xhat
         return restored.numpy(), float(coded.n_bytes)
 
 
 def _plain(name: str, code: Callable[[str, Tensor], Coded], tile: int | None = None) -> Method:
-    return Method(name, lambda side, x, place: code(side, x), tile)
+    return Method(name, lambda side, x, info: code(side, x), tile)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -142,18 +141,18 @@ def native(config: GearConfig | str = "gear") -> Method:
     """gearcpp's own codec in PyTorch: what the native library computes for this configuration."""
     if isinstance(config, str):
         if config not in PRESETS:
-            raise ConfigError(f"unknown preset {config!r}{_suggest(config, list(PRESETS))}; known: {', '.join(PRESETS)}")
+            raise ConfigError(f"unknown preset {config!r}{suggest(config, list(PRESETS))}; known: {', '.join(PRESETS)}")
         name, config = f"native-{config}", PRESETS[config]
     else:
         name = "native"
     settings = config
 
-    def code(side: str, x: Tensor, place: Place) -> Coded:
+    def code(side: str, x: Tensor, info: TileInfo) -> Coded:
         tile = torch.zeros(settings.tile, x.shape[1])
         written = torch.zeros(settings.tile, dtype=torch.bool)
-        tile[place.rows], written[place.rows] = x, True
-        coded = _native.native_gear(tile, side, settings, written)
-        return Coded(coded.xhat[place.rows], coded.n_bytes)
+        tile[info.rows], written[info.rows] = x, True
+        coded = _gear_tile.gear_tile(tile, side, settings, written)
+        return Coded(coded.xhat[info.rows], coded.n_bytes)
 
     return Method(name, code, settings.tile)
 
@@ -226,11 +225,11 @@ class Recorder:
     ) -> tuple[npt.NDArray[np.float32], float]:
         """Remember the rows written; the arguments are those of a `Method`."""
 
-        def code(side: str, rows: Tensor, place: Place) -> Coded:
+        def code(side: str, rows: Tensor, info: TileInfo) -> Coded:
             chosen = torch.randperm(len(rows), generator=self._generator)[: self.rows_per_tile].sort().values
             kept = rows[chosen]
             if self.rope and side == "k":
-                kept = self.rope.undo(kept, place.positions[chosen])
+                kept = self.rope.undo(kept, info.positions[chosen])
             self._tiles.setdefault((side, layer, head), []).append(kept)
             return Coded(rows, 2 * rows.numel())
 
@@ -262,11 +261,11 @@ def kvquant(recorder: Recorder, bits: int = 3, sparsity: float = 0.01) -> Method
     }
     rope = recorder.rope
 
-    def code(side: str, x: Tensor, place: Place) -> Coded:
-        table = _of_layer(tables, place.layer).head(place.head)
+    def code(side: str, x: Tensor, info: TileInfo) -> Coded:
+        table = _of_layer(tables, info.layer).head(info.head)
         if side == "v":
             return _kvquant.kvquant_values(x, table)
-        return _before_rope(rope, x, place, lambda rows: _kvquant.kvquant_keys(rows, table))
+        return _before_rope(rope, x, info, lambda rows: _kvquant.kvquant_keys(rows, table))
 
     return Method(f"kvquant{bits}", code)
 
@@ -281,11 +280,11 @@ def cq(recorder: Recorder, channels: int = 4, bits: int = 8) -> Method:
     }
     rope = recorder.rope
 
-    def code(side: str, x: Tensor, place: Place) -> Coded:
-        books = _of_layer(codebooks, (place.layer, side, place.head))
+    def code(side: str, x: Tensor, info: TileInfo) -> Coded:
+        codebook = _of_layer(codebooks, (info.layer, side, info.head))
         if side == "v":
-            return _cq.cq(x, books)
-        return _before_rope(rope, x, place, lambda rows: _cq.cq(rows, books))
+            return _cq.cq(x, codebook)
+        return _before_rope(rope, x, info, lambda rows: _cq.cq(rows, codebook))
 
     return Method(f"cq-{channels}c{bits}b", code)
 
@@ -296,11 +295,11 @@ def _of_layer(tables: Mapping[Key, Found], key: Key) -> Found:
     return tables[key]
 
 
-def _before_rope(rope: Rope | None, x: Tensor, place: Place, code: Callable[[Tensor], Coded]) -> Coded:
+def _before_rope(rope: Rope | None, x: Tensor, info: TileInfo, code: Callable[[Tensor], Coded]) -> Coded:
     if rope is None:
         return code(x)
-    coded = code(rope.undo(x, place.positions))
-    return Coded(rope.apply(coded.xhat, place.positions), coded.n_bytes)
+    coded = code(rope.undo(x, info.positions))
+    return Coded(rope.apply(coded.xhat, info.positions), coded.n_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -345,7 +344,7 @@ def method(name: str, recorder: Recorder | Callable[[], Recorder] | None = None)
     """The method of this name, such as "kivi2", "gear-paper4", "decoquant4", "turbo3", "kvarn42", "q4_0" or "native-gear".
 
     Args:
-        name: as in `names`, or with a recorder "kvquant3", "cq-4c8b" and their kin.
+        name: as in `names`, or with a recorder one of those that are calibrated, such as "kvquant3" or "cq-4c8b".
         recorder: what `kvquant` and `cq` are calibrated on, or a function that gives it.
 
     Raises:
@@ -370,9 +369,4 @@ def method(name: str, recorder: Recorder | Callable[[], Recorder] | None = None)
             seen = recorder if isinstance(recorder, Recorder) else recorder()
             return construct(seen, *(int(number) for number in found.groups()))
     known = [*names(), *(name for _, _, examples in _CALIBRATED for name in examples)]
-    raise ConfigError(f"unknown method {name!r}{_suggest(wanted, known)}; known: {', '.join(known)}")
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=2)
-    return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
+    raise ConfigError(f"unknown method {name!r}{suggest(wanted, known)}; known: {', '.join(known)}")

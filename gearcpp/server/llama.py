@@ -11,12 +11,12 @@ from typing import Any
 
 import llama_cpp
 
-from gearcpp import Llama
 from gearcpp.errors import ConfigError
+from gearcpp.runtime.llama import Llama
 
 from .client import Client, current_client
 from .errors import ContextLengthError
-from .sampling import MOST_LOGPROBS, Sampler, Sampling
+from .sampling import MOST_LOGPROBS, Sampler, SamplerParams
 from .scheduler import Scheduler
 from .sequence import Sequence as Answer
 from .sequence import TokenLogprob
@@ -121,7 +121,7 @@ class ServedLlama(Llama):
             max_tokens=min(max_tokens if max_tokens and max_tokens > 0 else self.n_ctx(), self.n_ctx() - len(tokens)),
             sampler=Sampler(
                 self,
-                Sampling(**{name: value for name, value in sampling.items() if value is not None}),
+                SamplerParams(**{name: value for name, value in sampling.items() if value is not None}),
                 seed=random.randrange(_MAX_SEED) if seed is None else seed % _MAX_SEED,
                 logit_bias=_token_biases(logit_bias),
                 grammar=grammar,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from gearcpp.config import KVType
+from gearcpp.cache.kv_type import KVType
 
 if TYPE_CHECKING:
     from .llama import ServedLlama

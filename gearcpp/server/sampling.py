@@ -15,7 +15,7 @@ from llama_cpp._internals import LlamaSampler
 from gearcpp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gearcpp import Llama
+    from gearcpp.runtime.llama import Llama
 
 Logits = npt.NDArray[np.float32]
 # A logits processor of llama-cpp-python: (tokens so far, logits) -> logits.
@@ -25,7 +25,7 @@ MOST_LOGPROBS = 20  # alternatives to a token that can be asked for, as in OpenA
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplerParams:
     """Parameters of the sampler chain, by the names of OpenAI's API and llama-cpp-python."""
 
     temperature: float = 0.8
@@ -59,7 +59,7 @@ class Sampler:
     def __init__(
         self,
         llm: Llama,
-        sampling: Sampling,
+        sampling: SamplerParams,
         *,
         seed: int,
         logit_bias: Mapping[int, float] | None = None,

@@ -3,7 +3,7 @@
 A thread of its own repeats one step: drop what was cancelled, admit what waits, decode one batch (the next token of every answer, then pieces of prompts
 as far as the batch reaches), sample. With one slot this is one request after the other.
 
-The KV cache is unified: all sequences share its cells. A prompt takes over the cells of the longest beginning that it has in common with any other
+The KV cache is unified: all sequences share its cells. A prompt takes over the cells of the longest prefix that it shares with any other
 sequence, running or finished, so its rows and tiles are there once. Finished sequences stay in the cache until their cells are needed.
 """
 
@@ -21,21 +21,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
-import numpy as np
 
 from gearcpp.errors import ClosedError, GearError
+from gearcpp.runtime.context import Batch
 
 from .cells import CellLedger
 from .sequence import Sequence
 
 if TYPE_CHECKING:
-    from gearcpp import Llama
+    from gearcpp.runtime.llama import Llama
 
 logger = logging.getLogger("gearcpp.server")
 
 HEADROOM = 64  # cells that must be free for an answer's first tokens before its prompt is begun
 WORTH_WAITING = 32  # tokens in common with a prompt under way for which a prompt waits, to share them
-# When as many tokens were written as this many contexts hold, a beginning is evaluated anew instead of shared: where its rows are in a tile with cells
+# When as many tokens were written as this many contexts hold, a prefix is evaluated anew instead of shared: where its rows are in a tile with cells
 # that others write again and again, GEAR's ranges widen each time, and the rows lose (docs/server.md).
 TURNS = 1
 _KV_PERIOD = 0.5  # seconds between two looks at the KV cache's statistics
@@ -97,12 +97,12 @@ class Scheduler:
         self._llm = llm
         self._context = llm.ctx
         self._memory = llama_cpp.llama_get_memory(llm.ctx)
-        # A recurrent state cannot be cut to a common beginning.
+        # A recurrent state cannot be cut to a common prefix.
         self._can_cut = not (llama_cpp.llama_model_is_recurrent(llm.model) or llama_cpp.llama_model_is_hybrid(llm.model))
         self._cells = CellLedger(llm.n_ctx())
         self._most_age = TURNS * llm.n_ctx() if llm.kv_type.gear else math.inf
         self._slots = [_Slot(i) for i in range(n_slot)]
-        self._batch = _Batch(llm.n_batch)
+        self._batch = Batch(llm.n_batch)
         self._orders = itertools.count(1)
         self._waiting: deque[Sequence] = deque()
         self._changed = threading.Condition()
@@ -232,7 +232,7 @@ class Scheduler:
         return any(slot.n_rest > 1 and _common(slot.sequence.tokens, sequence.tokens) >= now + WORTH_WAITING for slot in self._running if slot.sequence)
 
     def _prepare(self, idle: list[_Slot], sequence: Sequence) -> _Slot:
-        """An idle slot that holds the longest beginning of the sequence that is in the cache (all but its last token, whose logits are wanted)."""
+        """An idle slot that holds the longest prefix of the sequence that is in the cache (all but its last token, whose logits are wanted)."""
         donor = max(self._slots, key=lambda slot: self._n_shareable(slot, sequence))
         n = min(self._n_shareable(donor, sequence), len(sequence.tokens) - 1)
         empty_first = sorted(idle, key=lambda slot: (bool(slot.tokens), slot.order))
@@ -248,7 +248,7 @@ class Scheduler:
         return target
 
     def _n_shareable(self, slot: _Slot, sequence: Sequence) -> int:
-        """Tokens at the beginning of a sequence whose cells a slot can share."""
+        """Tokens of a sequence's prefix whose cells a slot can share."""
         if not self._can_cut or not slot.cells or self._cells.age(slot.cells[0]) > self._most_age:
             return 0
         return _common(slot.tokens, sequence.tokens)
@@ -369,40 +369,6 @@ class Scheduler:
         self.counters.cells_running = _union(slot.cells for slot in self._slots if slot.sequence)
         self.counters.cells_kept = self._cells.used - self.counters.cells_running
         self.counters.kv = self._llm.kv_stats()
-
-
-class _Batch:
-    """A llama_batch over arrays of our own, one sequence for each token."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._tokens, self._positions, self._ids = (np.zeros(capacity, np.int32) for _ in range(3))
-        self._counts = np.ones(capacity, np.int32)
-        self._logits = np.zeros(capacity, np.int8)
-        integers = ctypes.POINTER(ctypes.c_int32)
-        address, step = self._ids.ctypes.data, self._ids.itemsize
-        self._id_pointers = (integers * capacity)(*(ctypes.cast(address + i * step, integers) for i in range(capacity)))
-        self.struct = llama_cpp.llama_batch(
-            n_tokens=0,
-            token=self._tokens.ctypes.data_as(integers),
-            pos=self._positions.ctypes.data_as(integers),
-            n_seq_id=self._counts.ctypes.data_as(integers),
-            seq_id=self._id_pointers,
-            logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
-
-    def clear(self) -> None:
-        self.struct.n_tokens = 0
-
-    def add(self, sequence_id: int, position: int, tokens: list[int], *, logits: bool) -> None:
-        """Append tokens of one sequence from a position on; logits are wanted of none, or of the last one."""
-        first, end = self.struct.n_tokens, self.struct.n_tokens + len(tokens)
-        self._tokens[first:end] = tokens
-        self._positions[first:end] = np.arange(position, position + len(tokens))
-        self._ids[first:end] = sequence_id
-        self._logits[first:end] = 0
-        self._logits[end - 1] = logits
-        self.struct.n_tokens = end
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -15,7 +15,7 @@ from llama_cpp.server.settings import ModelSettings, ServerSettings
 from pydantic import Field, ValidationError
 from pydantic_settings import SettingsConfigDict
 
-from gearcpp.config import normalize_kv_type
+from gearcpp.cache.kv_type import normalize_kv_type
 from gearcpp.errors import ConfigError, DataError
 
 _FROM_ENVIRONMENT = SettingsConfigDict(env_prefix="GEARCPP_", protected_namespaces=())
@@ -79,7 +79,7 @@ class GearServerSettings(ServerSettings):
     def check(self) -> None:
         """Raise ConfigError where settings are not supported or contradict each other."""
         if self.interrupt_requests:
-            raise ConfigError("interrupt_requests does not go with this server: it would end one client's answer for another's")
+            raise ConfigError("interrupt_requests does not go with this server: it would cut off the answer of one client whenever another one asks")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             raise ConfigError("ssl_keyfile and ssl_certfile go together")
 

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import Shape, write_model
 from session_files import put_together, take_apart
 
-from gearcpp import PRESETS, GearConfig, GearError, Llama, _native, normalize_kv_type
-from gearcpp.config import LLAMA_CACHE_TYPES
+from gearcpp import PRESETS, GearConfig, GearError, Llama, native, normalize_kv_type
+from gearcpp.cache.kv_type import LLAMA_CACHE_TYPES
 from gearcpp.model_info import read_model_info
 
 Random = np.random.Generator
@@ -87,7 +87,7 @@ def kv_type_cases(random: Random, folder: Path) -> Iterator[Case]:
         def take(given: object = given) -> bool:
             kv = normalize_kv_type(given)  # type: ignore[arg-type]
             if kv.gear:
-                _native.check_config(kv.gear)
+                native.check_config(kv.gear)
             return True
 
         yield repr(given).encode(), take
@@ -107,7 +107,7 @@ def setting_cases(random: Random, folder: Path) -> Iterator[Case]:
         data = mutated(base, random).replace(b"\0", b"0")
 
         def take(data: bytes = data) -> bool:
-            command = [sys.executable, "-c", loader, str(_native.library_path())]
+            command = [sys.executable, "-c", loader, str(native.library_path())]
             result = subprocess.run(command, env={**os.environb, b"GEARCPP_KV": data}, capture_output=True, check=False, timeout=60)
             if result.returncode not in (0, 3) or (result.returncode == 3 and b"gearcpp: " not in result.stderr):
                 raise RuntimeError(f"exit status {result.returncode}: {result.stderr[-300:]!r}")
@@ -139,14 +139,14 @@ def tile_cases(random: Random, folder: Path) -> Iterator[Case]:
     """Tiles whose bytes mean nothing: unpacking reads and writes only what is its own."""
     while True:
         config = list(PRESETS.values())[int(random.integers(len(PRESETS)))]
-        side: _native.Side = "k" if random.random() < 0.5 else "v"
+        side: native.Side = "k" if random.random() < 0.5 else "v"
         d_head = int(random.choice([32, 64, 80, 128, 256]))
-        n_bytes = _native.tile_describe(config, side, d_head)["bytes"]
+        n_bytes = native.tile_describe(config, side, d_head)["bytes"]
         tile = random.integers(0, 256, n_bytes, np.uint8) if random.random() < 0.7 else np.full(n_bytes, random.choice([0, 0xFF, 0x80]), np.uint8)
 
-        def take(config: GearConfig = config, side: _native.Side = side, d_head: int = d_head, tile: np.ndarray = tile) -> bool:
-            _native.tile_unpack(config, side, d_head, tile)
-            _native.tile_parts(config, side, d_head, tile)
+        def take(config: GearConfig = config, side: native.Side = side, d_head: int = d_head, tile: np.ndarray = tile) -> bool:
+            native.tile_unpack(config, side, d_head, tile)
+            native.tile_parts(config, side, d_head, tile)
             return True
 
         yield tile.tobytes(), take

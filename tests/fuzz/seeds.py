@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import write_model
 
-from gearcpp import GearConfig, Llama, _native
+from gearcpp import GearConfig, Llama, native
 
 SESSION, STORE, TILE, SETTING = range(4)
 
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     random = np.random.default_rng(1)
     for i, config in enumerate(CONFIGS):
         for n_row in (0, 20, 150, 200):
-            with _native.Cache(config, n_head_kv=2, d_head_k=32, n_cell=200, n_stream=2, n_ubatch=16) as cache:
+            with native.Cache(config, n_head_kv=2, d_head_k=32, n_cell=200, n_stream=2, n_ubatch=16) as cache:
                 for side in ("k", "v"):
                     for first in range(0, n_row, 10):
                         cache.write(side, np.arange(first, first + 10), random.standard_normal((10, 64)))

@@ -11,7 +11,7 @@ from models import Shape, write_model
 torch = pytest.importorskip("torch", reason="gearcpp.reference needs PyTorch")
 
 from gearcpp import ConfigError, DataError, UnsupportedError, normalize_kv_type, read_model_info, reference  # noqa: E402
-from gearcpp.reference import calibration  # noqa: E402
+from gearcpp.evaluation import calibration  # noqa: E402
 from gearcpp.reference.methods.rope import Rope  # noqa: E402
 
 NORM, NEOX = llama_cpp.LLAMA_ROPE_TYPE_NORM, llama_cpp.LLAMA_ROPE_TYPE_NEOX

@@ -125,7 +125,7 @@ def test_low_rank_has_a_fixed_start_and_works_in_float32(rng):
     assert gear(residual.half(), "k", 2).xhat.dtype == torch.float32
 
 
-# gear_facts, section 1 item 5: bits per element of f16 factors, r (d + n) / (d n) of f16's 16.
+# Bits per element of f16 factors, r (d + n) / (d n) of f16's 16.
 @pytest.mark.parametrize(
     ("n", "rank", "d", "bits"),
     [(20, 2, 128, 1.85), (64, 2, 128, 0.75), (128, 2, 128, 0.50), (256, 2, 64, 0.62), (128, 4, 64, 1.50), (256, 4, 128, 0.75), (1000, 4, 128, 0.56)],

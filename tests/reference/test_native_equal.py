@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="gearcpp.reference needs PyTorch")
 
-from gearcpp import PRESETS, ConfigError, GearConfig, UnsupportedError, _native  # noqa: E402
-from gearcpp.reference.methods.native import native_gear, pack, side_config, tile_bytes, unpack  # noqa: E402
+from gearcpp import PRESETS, ConfigError, GearConfig, UnsupportedError, native  # noqa: E402
+from gearcpp.reference.methods.gear_tile import gear_tile, pack, side_config, tile_bytes, unpack  # noqa: E402
 from gearcpp.reference.methods.quantizers import kivi, round_to_nearest  # noqa: E402
 
 SIDES = ("k", "v")
@@ -19,9 +19,9 @@ PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False)  # D, L and S
 @pytest.fixture(autouse=True)
 def best_level():
     """Leave the kernel level as it was."""
-    before = _native.simd_level()
+    before = native.simd_level()
     yield
-    _native.select_simd(before)
+    native.select_simd(before)
 
 
 def assert_equal(config, side, x, written=None):
@@ -33,11 +33,11 @@ def assert_equal(config, side, x, written=None):
     parts = pack(torch.from_numpy(x), settings, None if written is None else torch.from_numpy(written))
     xhat = unpack(parts, settings).numpy()
     seen = slice(None) if written is None else written
-    for level in _native.simd_levels():
-        _native.select_simd(level)
-        tile = _native.tile_pack(config, side, x, written)
-        native_parts = _native.tile_parts(config, side, x.shape[1], tile)
-        native_xhat = _native.tile_unpack(config, side, x.shape[1], tile)
+    for level in native.simd_levels():
+        native.select_simd(level)
+        tile = native.tile_pack(config, side, x, written)
+        native_parts = native.tile_parts(config, side, x.shape[1], tile)
+        native_xhat = native.tile_unpack(config, side, x.shape[1], tile)
         assert tile_bytes(settings) == len(tile)
         is_exact = level == "scalar" or not settings.rank
         for name in parts._fields if is_exact else ("outlier_index", "outlier_value"):
@@ -132,7 +132,7 @@ def test_real_tiles_are_coded_well(real_rows):
     # Two-sided: a broken quantizer is far above, and a bound this low cannot be reached by 4 bits.
     for side in SIDES:
         x = torch.from_numpy(real_rows[side][:, :256])
-        coded = native_gear(x, side, GearConfig())
+        coded = gear_tile(x, side, GearConfig())
         share = ((coded.xhat - x).square().sum() / x.square().sum()).item()
         assert 1e-4 < share < 2e-2
 
@@ -143,7 +143,7 @@ def test_error_on_a_normal_tile_lies_between_bounds(bits, share, side, rng):
     # 32 normal values have a range of about 4.1 deviations: squared error (4.1 / levels)^2 / 12 of the variance.
     x = torch.randn(8, 256, 64, generator=rng)
     config = GearConfig(bits_k=bits, bits_v=bits, group_k=32, group_v=32)
-    error = (native_gear(x, side, config).xhat - x).square().mean().item()
+    error = (gear_tile(x, side, config).xhat - x).square().mean().item()
     expected = (4.1 / (2**bits - 1)) ** 2 / 12
     assert 0.9 * expected < error < 1.3 * expected
 
@@ -152,7 +152,7 @@ def test_without_terms_it_is_kivi_up_to_where_scales_are_rounded(rng):
     x = torch.randn(3, 256, 64, generator=rng)
     config = replace(PLAIN, bits_k=2, bits_v=2, group_k=64, group_v=32, scale_bits=16)
     for side, group in (("k", 64), ("v", 32)):
-        ours, theirs = native_gear(x, side, config), kivi(x, side, 2, group)
+        ours, theirs = gear_tile(x, side, config), kivi(x, side, 2, group)
         # Scales are rounded up here and to nearest there: a value on the border of two codes may differ by a step, others by a rounding.
         assert ((ours.xhat - theirs.xhat).abs() > 0.01).float().mean() < 0.005
         assert ours.n_bytes == theirs.n_bytes
@@ -165,7 +165,7 @@ def test_low_rank_and_outliers_help_every_tile(rng):
     base = replace(PLAIN, bits_k=2, bits_v=2, group_k=0, group_v=0, tile=128)
 
     def errors(x, side, **changes):
-        return (native_gear(x, side, replace(base, **changes)).xhat - x).square().sum((-1, -2))
+        return (gear_tile(x, side, replace(base, **changes)).xhat - x).square().sum((-1, -2))
 
     for side in SIDES:
         assert (errors(x, side, rank_k=4, rank_v=4) < errors(x, side)).all()
@@ -176,8 +176,8 @@ def test_low_rank_and_outliers_help_every_tile(rng):
 def test_rounds_move_an_exactly_low_rank_tile_from_d_to_l(rng):
     x = torch.randn(128, 2, generator=rng) @ torch.randn(2, 64, generator=rng)
     base = replace(PLAIN, bits_k=2, bits_v=2, group_k=0, tile=128)
-    plain = (native_gear(x, "k", base).xhat - x).square().sum()
-    modelled = (native_gear(x, "k", replace(base, rank_k=2, rounds=8)).xhat - x).square().sum()
+    plain = (gear_tile(x, "k", base).xhat - x).square().sum()
+    modelled = (gear_tile(x, "k", replace(base, rank_k=2, rounds=8)).xhat - x).square().sum()
     assert modelled < plain / 2
 
 
@@ -186,7 +186,7 @@ def test_centering_keeps_every_channels_mean(rng):
     for side in SIDES:
         plain = replace(PLAIN, bits_k=2, bits_v=2)
         centered = replace(plain, center_k=True, center_v=True)
-        without, with_means = (native_gear(x, side, config).xhat - x for config in (plain, centered))
+        without, with_means = (gear_tile(x, side, config).xhat - x for config in (plain, centered))
         assert with_means.mean(-2).abs().max() < 0.01 < without.mean(-2).abs().max()  # what is left is f16's rounding of a mean near 30
         assert side == "k" or with_means.square().mean() < without.square().mean() / 20
 
@@ -215,8 +215,8 @@ def test_packing_twice_changes_nothing(rng):
     for side in SIDES:
         for scale_bits in (8, 16):
             config = replace(PLAIN, scale_bits=scale_bits, tile=64)
-            once = native_gear(torch.randn(6, 64, 64, generator=rng), side, config).xhat
-            assert torch.equal(native_gear(once, side, config).xhat, once)
+            once = gear_tile(torch.randn(6, 64, 64, generator=rng), side, config).xhat
+            assert torch.equal(gear_tile(once, side, config).xhat, once)
 
 
 def test_cells_never_written_have_no_say(rng):
@@ -226,7 +226,7 @@ def test_cells_never_written_have_no_say(rng):
     outliers = replace(PLAIN, rank_k=2, rank_v=2, sparsity=0.1, tile=64)
     means = GearConfig(rank_k=2, rank_v=2, center_k=True, tile=64)
     for side, config in itertools.product(SIDES, (outliers, means)):
-        one, other = (native_gear(tile, side, config, written).xhat[:, written] for tile in (x, noise))
+        one, other = (gear_tile(tile, side, config, written).xhat[:, written] for tile in (x, noise))
         assert torch.equal(one, other)
 
 
@@ -247,19 +247,19 @@ def test_same_backbone_as_round_to_nearest_on_a_grid():
     # Values that are whole multiples of the step within every group come back exactly from either.
     x = torch.arange(16.0).repeat(4)[:, None].expand(64, 32).contiguous()
     config = replace(PLAIN, scale_bits=16, group_k=32, tile=64)
-    assert torch.equal(native_gear(x, "k", config).xhat, x)
+    assert torch.equal(gear_tile(x, "k", config).xhat, x)
     assert torch.equal(round_to_nearest(x, 4, -2, 32).xhat, x)
 
 
 def test_bad_input_is_refused():
     x = torch.zeros(256, 64)
     with pytest.raises(ConfigError):
-        native_gear(x[:100], "k", GearConfig())
+        gear_tile(x[:100], "k", GearConfig())
     with pytest.raises(ConfigError):
-        native_gear(x, "k", GearConfig(bits_k=16))
+        gear_tile(x, "k", GearConfig(bits_k=16))
     with pytest.raises(ConfigError):
-        native_gear(x, "k", GearConfig(bits_k=9))
+        gear_tile(x, "k", GearConfig(bits_k=9))
     with pytest.raises(ConfigError):
-        native_gear(x, "x", GearConfig())
+        gear_tile(x, "x", GearConfig())
     with pytest.raises(UnsupportedError):
-        native_gear(torch.zeros(256, 40), "k", GearConfig())
+        gear_tile(torch.zeros(256, 40), "k", GearConfig())

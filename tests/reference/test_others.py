@@ -103,15 +103,15 @@ def test_kvquant_value_range_is_that_of_the_token_without_its_outliers():
 
 def test_cq_returns_centroids_and_counts_codes(rng):
     x = torch.randn(600, 16, generator=rng)
-    books = learn_codebooks(x, 4, 6)
-    assert books.shape == (4, 64, 4)
-    coded = cq(x[None], books)
+    codebooks = learn_codebooks(x, 4, 6)
+    assert codebooks.shape == (4, 64, 4)
+    coded = cq(x[None], codebooks)
     assert coded.xhat.shape == (1, 600, 16)
     assert coded.n_bytes == 600 * 4 * 6 // 8
     chosen = coded.xhat[0].unflatten(-1, (4, 4))
     for group in range(4):
-        distance = torch.cdist(x.unflatten(-1, (4, 4))[:, group], books[group])
-        assert torch.equal(chosen[:, group], books[group][distance.argmin(-1)])
+        distance = torch.cdist(x.unflatten(-1, (4, 4))[:, group], codebooks[group])
+        assert torch.equal(chosen[:, group], codebooks[group][distance.argmin(-1)])
 
 
 def test_cq_of_as_many_points_as_centroids_is_exact(rng):

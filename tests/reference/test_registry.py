@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="gearcpp.reference needs PyTorch")
 from gearcpp import reference  # noqa: E402
 from gearcpp.config import PRESETS, GearConfig  # noqa: E402
 from gearcpp.errors import ConfigError  # noqa: E402
-from gearcpp.reference.methods.native import native_gear  # noqa: E402
+from gearcpp.reference.methods.gear_tile import gear_tile  # noqa: E402
 from gearcpp.reference.methods.rope import Rope  # noqa: E402
 
 
@@ -93,7 +93,7 @@ def test_only_rows_that_were_written_count(name, n_written, rng):
 def test_native_is_the_configuration_it_is_given(rng):
     x = torch.randn(64, 32, generator=rng)
     config = GearConfig(bits_k=3, tile=64)
-    coded = native_gear(x, "k", config)
+    coded = gear_tile(x, "k", config)
     xhat, n_bytes = reference.native(config)("k", x.numpy())
     np.testing.assert_array_equal(xhat, coded.xhat.numpy())
     assert n_bytes == coded.n_bytes

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="gearcpp.reference needs PyTorch")
 
-from gearcpp.config import LLAMA_CACHE_TYPES  # noqa: E402
+from gearcpp.cache.kv_type import LLAMA_CACHE_TYPES  # noqa: E402
 from gearcpp.errors import ConfigError  # noqa: E402
 from gearcpp.reference.methods.rivals import (  # noqa: E402
     GGML_TYPES,

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from gearcpp.cache.kv_type import KVType, normalize_kv_type
 from gearcpp.cli import _options as options
 from gearcpp.cli import app
 from gearcpp.cli._model import resolve_model
 from gearcpp.cli._plot import check_writable, import_pyplot
-from gearcpp.config import KVType, normalize_kv_type
 from gearcpp.errors import ConfigError
 
 DEFAULT_TYPES = "f16,q8_0,q4_0,gear,gear3,gear2"

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gearcpp.cache.kv_type import KVType, normalize_kv_type
 from gearcpp.cli.bench._steps import Plan, Runner
-from gearcpp.config import KVType, normalize_kv_type
 from gearcpp.errors import GearError
 
 

@@ -12,13 +12,14 @@ from typing import Literal
 
 import numpy as np
 
-from gearcpp import _native
+from gearcpp import native
+from gearcpp.cache.kv_type import KVType
 from gearcpp.cli._console import notice
 from gearcpp.cli._markdown import markdown_table
 from gearcpp.cli._model import default_threads
 from gearcpp.cli.bench._report import as_csv, as_json, cpu_name
 from gearcpp.cli.bench._shapes import Shape
-from gearcpp.config import GearConfig, KVType
+from gearcpp.config import GearConfig
 from gearcpp.errors import ConfigError
 from gearcpp.model_info import read_model_info
 
@@ -93,7 +94,7 @@ def run(types: Sequence[KVType], heads: Heads, depths: Sequence[int], repetition
             notice(f"measuring {kv.name} at {depth} cells")
             bandwidth = memory_bandwidth(threads)  # each time anew: other machines on the same host may use it, too
             found += [
-                Measurement(kv.name, op, depth, threads, _native.simd_level(), seconds, n_bytes, bandwidth)
+                Measurement(kv.name, op, depth, threads, native.simd_level(), seconds, n_bytes, bandwidth)
                 for op, seconds, n_bytes in _measure(kv.gear, heads, depth, repetitions, threads)
             ]
     return found
@@ -107,7 +108,7 @@ def _measure(config: GearConfig, heads: Heads, n_cell: int, repetitions: int, n_
     query = random.standard_normal((heads.n_head, 1, heads.d_head), np.float32)  # [n_head, 1, d_head]
     packing, exact_seconds, exact_bytes = [], 0.0, 0
     # A pool as large as the context keeps every row exact until flush, which thus packs everything at once and nothing else.
-    with _native.Cache(config, n_head_kv=heads.n_head_kv, d_head_k=heads.d_head, n_cell=n_cell, n_ubatch=n_cell) as cache:
+    with native.Cache(config, n_head_kv=heads.n_head_kv, d_head_k=heads.d_head, n_cell=n_cell, n_ubatch=n_cell) as cache:
         for repetition in range(repetitions):
             cache.clear()
             for side in _SIDES:
@@ -129,7 +130,7 @@ def _measure(config: GearConfig, heads: Heads, n_cell: int, repetitions: int, n_
         ]
 
 
-def _bytes_read(cache: _native.Cache, n_embd: int) -> int:
+def _bytes_read(cache: native.Cache, n_embd: int) -> int:
     """What attention over all cells reads: the tiles in use and the exact f16 rows."""
     return sum(side["bytes_tiles_used"] + 2 * side["n_exact"] * n_embd for side in map(cache.stats, _SIDES))
 

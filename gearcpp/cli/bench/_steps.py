@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gearcpp import _native
+from gearcpp import native
+from gearcpp.cache.kv_type import KVType
 from gearcpp.cli._console import is_verbose, notice
 from gearcpp.cli._model import load_model
-from gearcpp.config import KVType
 from gearcpp.errors import GearError, OutOfMemoryError
 from gearcpp.model_info import read_model_info
 
@@ -103,9 +102,12 @@ class Runner:
     def __init__(self, path: Path, kv: KVType, plan: Plan) -> None:
         import llama_cpp
 
+        from gearcpp.runtime.context import Batch
+
         self.kv = kv
         self.llm = load_model(path, kv, n_ctx=plan.n_ctx, n_threads=plan.n_threads, n_batch=plan.n_ubatch, verbose=is_verbose())
         self._memory = llama_cpp.llama_get_memory(self.llm.ctx)
+        self._batch = Batch(self.llm.n_batch)
         self._random = np.random.default_rng(1)  # every cache type sees the same tokens
         self._depth = 0
 
@@ -137,8 +139,9 @@ class Runner:
         tokens = self._random.integers(0, self.llm.n_vocab(), n_tokens, np.int32)  # [n_tokens]
         for first in range(0, n_tokens, n_batch):
             chunk = tokens[first : first + n_batch]
-            batch = llama_cpp.llama_batch_get_one(chunk.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token)), len(chunk))
-            if status := llama_cpp.llama_decode(self.llm.ctx, batch):
+            self._batch.clear()
+            self._batch.add(0, self._depth, chunk, logits=True)
+            if status := llama_cpp.llama_decode(self.llm.ctx, self._batch.struct):
                 raise GearError(f"llama_decode returned {status} with --kv {self.kv.name} at depth {self._depth}; -v shows llama.cpp's log")
             llama_cpp.llama_synchronize(self.llm.ctx)
             self._depth += len(chunk)
@@ -176,7 +179,7 @@ def groups(types: Sequence[KVType], baseline: KVType, n_resident: int) -> list[l
 
 def _n_resident(path: Path, n_types: int, plan: Plan) -> int:
     """How many models with their caches fit into memory together; weights may be copied for each (llama.cpp repacks them)."""
-    info, available = read_model_info(path), _native.available_memory()
+    info, available = read_model_info(path), native.available_memory()
     needed = sum(file.stat().st_size for file in info.files) + 2 * info.kv_elements(plan.n_ctx) + _ROOM
     n_resident = min(n_types, int(available // needed))
     if n_resident < min(2, n_types):

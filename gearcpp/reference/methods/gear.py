@@ -2,7 +2,7 @@
 
 v4 (September 2024) quantizes in groups (per-token, KCVT or KIVI), keeps a share s of every vector exactly (S) and models the residual of each head
 with rank r (L). v1 (March 2024) does all of it on the whole matrix. Where the released code departs from the paper, the paper is followed; the
-docstrings say where that matters. Our own codec, which differs in how things are stored, is `gearcpp.reference.methods.native`.
+docstrings say where that matters. Our own codec, which differs in how things are stored, is `gearcpp.reference.methods.gear_tile`.
 """
 
 from __future__ import annotations

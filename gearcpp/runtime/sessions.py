@@ -1,8 +1,8 @@
 """Sessions: what a context holds, packed as it is, in a file or in memory.
 
-A session holds packed tiles bit for bit and no f16 copy of them; the native library reads and writes it (native/session/format.h says what is in it, each
-section under a checksum of its own). This module says whom it belongs to and puts it on disk: written to a temporary file and renamed, so that whatever
-happens the file is the old one or the whole new one.
+A session holds packed tiles bit for bit and no f16 copy of them. The native library reads and writes it: native/session/format.h says what is in it, each
+section under a checksum of its own. This module records which model, cache and context it belongs to, and puts it on disk: it writes a temporary file and
+renames it, so that whatever happens the file is the old one or the whole new one.
 
 `Llama.save_session`, `Llama.load_session`, `Llama.save_state` and `Llama.load_state` are what users call.
 """
@@ -20,17 +20,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
-from . import _native
-from .errors import ClosedError, DataError, GearError
-
-if TYPE_CHECKING:
-    from .llama import Llama
+from .. import native
+from ..cache.device import GearDevice
+from ..cache.kv_type import KVType
+from ..errors import ClosedError, DataError, GearError
+from ..model_info import ModelInfo
 
 # What else than the model decides about keys and values: members of llama_context_params.
 _CONTEXT = (
@@ -50,6 +51,34 @@ _CONTEXT = (
 
 Write = Callable[[Any], object]  # takes a buffer
 ReadAt = Callable[[int, int], bytes | memoryview]  # (offset, n): n bytes
+
+
+class SessionLlama(Protocol):
+    """What a session needs of a `Llama`."""
+
+    kv_type: KVType
+    info: ModelInfo
+    model_path: str
+    n_tokens: int
+    n_threads: int
+    input_ids: npt.NDArray[np.intc]
+    context_params: Any
+    _given: dict[str, Any]
+    _device: GearDevice | None
+    _ctx: Any
+    _seed: int
+    _logits_all: bool
+
+    @property
+    def ctx(self) -> Any: ...
+    @property
+    def _scores(self) -> npt.NDArray[np.single]: ...
+    def n_ctx(self) -> int: ...
+    def n_vocab(self) -> int: ...
+    def _session_owner(self) -> dict[str, Any]: ...
+    def _raise_failure(self) -> None: ...
+    def _listening(self) -> Any: ...
+    def _take_up(self, tokens: npt.NDArray[np.intc], scores: npt.NDArray[np.single], seed: int) -> None: ...
 
 
 class GearState(LlamaState):
@@ -72,12 +101,12 @@ class GearState(LlamaState):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
-# Whom a session belongs to
+# The owner of a session: model, cache and context
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def file_fingerprint(path: Path) -> str:
-    """SHA-256 over a file's size, its first MiB (metadata) and 64 samples of 64 KiB spread over it: models of any size in no time."""
+    """SHA-256 over a file's size, its first MiB (metadata) and 64 samples of 64 KiB spread over it: fast for models of any size."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         n_bytes = file.seek(0, os.SEEK_END)
@@ -88,8 +117,8 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def owner_of(llm: Llama) -> dict[str, Any]:
-    """What a session must share with the context that takes it up, as JSON can hold it. Reads parts of the model's files."""
+def owner_of(llm: SessionLlama) -> dict[str, Any]:
+    """What a session and the context that restores it must have in common, as JSON. Reads parts of the model's files."""
     kv, given = llm.kv_type, llm._given
     codec = kv.method.name if kv.method else bool(given.get("codec"))  # whose tiles are f16
     lora = given.get("lora_path")
@@ -110,7 +139,7 @@ def owner_name(owner: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(owner, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _check_owner(note: dict[str, Any], llm: Llama) -> None:
+def _check_owner(note: dict[str, Any], llm: SessionLlama) -> None:
     saved, present = note["owner"], llm._session_owner()
     if any(saved[part] != present[part] for part in ("model", "lora", "overrides")):
         raise DataError(f"it belongs to another model ({note['model']}), or to the same with another LoRA or kv_overrides; load that one")
@@ -129,7 +158,7 @@ def _check_owner(note: dict[str, Any], llm: Llama) -> None:
 
 
 def _check_note(note: Any) -> dict[str, Any]:
-    """The note as it must be: checksums say that it is as it was written, not that gearcpp.Llama wrote it."""
+    """The note, its fields checked: checksums prove that it is undamaged, not that gearcpp.Llama wrote it."""
     kinds = {"owner": dict, "model": str, "kv_type": str, "llama_cpp_python": str, "tokens": list, "seed": int}
     sound = isinstance(note, dict) and all(isinstance(note.get(name), kind) for name, kind in kinds.items())
     sound = sound and {"model", "lora", "overrides", "cache", "context", "llama_state"} <= note["owner"].keys()
@@ -145,32 +174,32 @@ def _check_note(note: Any) -> dict[str, Any]:
 
 
 class Session:
-    """One session on its way, in a ``with`` statement."""
+    """An open session, in a ``with`` statement."""
 
     def __init__(self, pointer: Any, failures: list[BaseException]) -> None:
         self.pointer = pointer
         self._failures = failures
 
     def check(self, status: int) -> None:
-        """Raise what a failed native call means: first of all what a Python function that it called raised."""
+        """Raise the error of a failed native call. What a Python callback raised comes first."""
         if self._failures:
             raise self._failures[0]
-        _native.check(status)
+        native.check(status)
 
     @property
     def window(self) -> tuple[Any, int]:
-        """Where llama.cpp's state goes to or comes from, as ctypes has it, and its bytes."""
-        n = _native.ffi.new("int64_t *")
-        address = int(_native.ffi.cast("uintptr_t", _native.lib.gear_session_window(self.pointer, n)))
+        """Where llama.cpp writes its state to or reads it from, as a ctypes pointer, and its bytes."""
+        n = native.ffi.new("int64_t *")
+        address = int(native.ffi.cast("uintptr_t", native.lib.gear_session_window(self.pointer, n)))
         return ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), n[0]
 
     @property
     def note(self) -> dict[str, Any]:
-        """What the session says of itself; DataError when gearcpp.Llama did not write it."""
-        n = _native.ffi.new("int64_t *")
-        data = _native.lib.gear_session_note(self.pointer, n)
+        """The session's header; DataError when gearcpp.Llama did not write it."""
+        n = native.ffi.new("int64_t *")
+        data = native.lib.gear_session_note(self.pointer, n)
         try:
-            return _check_note(json.loads(bytes(_native.ffi.buffer(data, n[0])) if n[0] else b""))
+            return _check_note(json.loads(bytes(native.ffi.buffer(data, n[0])) if n[0] else b""))
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
@@ -179,12 +208,12 @@ class Session:
 
 @contextmanager
 def _session(pointer: Any, failures: list[BaseException]) -> Iterator[Session]:
-    if pointer == _native.ffi.NULL:
-        raise failures[0] if failures else _native.last_error()
+    if pointer == native.ffi.NULL:
+        raise failures[0] if failures else native.last_error()
     try:
         yield Session(pointer, failures)
     finally:
-        _native.lib.gear_session_free(pointer)
+        native.lib.gear_session_free(pointer)
 
 
 def _callback(kind: str, function: Callable[..., object], failures: list[BaseException]) -> Any:
@@ -198,7 +227,7 @@ def _callback(kind: str, function: Callable[..., object], failures: list[BaseExc
         function(*arguments)
         return 0
 
-    return _native.ffi.callback(kind, call, error=1, onerror=keep)
+    return native.ffi.callback(kind, call, error=1, onerror=keep)
 
 
 @contextmanager
@@ -214,14 +243,14 @@ def open_session(n_bytes: int, read_at: ReadAt, *, note_only: bool = False) -> I
         piece = read_at(offset, n)
         if len(piece) != n:
             raise DataError(f"it is cut off: {len(piece)} of {n} bytes could be read from byte {offset} on")
-        _native.ffi.buffer(data, n)[:] = piece
+        native.ffi.buffer(data, n)[:] = piece
 
     function = _callback("gear_session_read", read, failures)
-    with _session(_native.lib.gear_session_open(n_bytes, function, _native.ffi.NULL, int(note_only)), failures) as session:
+    with _session(native.lib.gear_session_open(n_bytes, function, native.ffi.NULL, int(note_only)), failures) as session:
         yield session
 
 
-def write_session(llm: Llama, data: Any, write: Write) -> None:
+def write_session(llm: SessionLlama, data: Any, write: Write) -> None:
     """Write the session of a context through ``write``. Its full tiles are packed first.
 
     Args:
@@ -243,25 +272,25 @@ def write_session(llm: Llama, data: Any, write: Write) -> None:
     header = json.dumps(note).encode()
     scores = np.ascontiguousarray(llm._scores, np.single) if llm._logits_all else np.empty(0, np.single)
     failures: list[BaseException] = []
-    function = _callback("gear_session_write", lambda _, piece, n: write(_native.ffi.buffer(piece, n)), failures)
+    function = _callback("gear_session_write", lambda _, piece, n: write(native.ffi.buffer(piece, n)), failures)
     size = llama_cpp.llama_state_get_size(llm.ctx)
-    with _session(_native.lib.gear_session_new(_device(llm), size), failures) as session:
+    with _session(native.lib.gear_session_new(_device(llm), size), failures) as session:
         window, _ = session.window
         n_bytes = llama_cpp.llama_state_get_data(llm.ctx, window, size)
         llm._raise_failure()
         if n_bytes == 0:
             raise DataError("llama.cpp could not save the state; verbose=True shows its log")
-        ffi = _native.ffi
+        ffi = native.ffi
         extra = ffi.cast("void *", scores.ctypes.data)
         session.check(
-            _native.lib.gear_session_save(
+            native.lib.gear_session_save(
                 session.pointer, n_bytes, ffi.from_buffer(header), len(header), extra, scores.nbytes, llm.n_threads, function, ffi.NULL
             )
         )
 
 
-def restore_session(llm: Llama, session: Session) -> Any:
-    """Make a context what it was. Nothing is changed before the session is known to fit; the context is empty when it fails after that.
+def restore_session(llm: SessionLlama, session: Session) -> Any:
+    """Restore a context. Nothing is changed before the session is known to fit; the context is empty when it fails after that.
 
     Returns:
         What was given to write_session as ``data``.
@@ -271,9 +300,9 @@ def restore_session(llm: Llama, session: Session) -> Any:
     """
     note = session.note
     _check_owner(note, llm)
-    session.check(_native.lib.gear_session_attach(session.pointer, _device(llm)))
+    session.check(native.lib.gear_session_attach(session.pointer, _device(llm)))
     window, size = session.window
-    n_tokens, n_extra = len(note["tokens"]), int(_native.lib.gear_session_extra_bytes(session.pointer))
+    n_tokens, n_extra = len(note["tokens"]), int(native.lib.gear_session_extra_bytes(session.pointer))
     takes_scores = llm._logits_all and n_extra > 0
     if takes_scores and n_extra != n_tokens * llm.n_vocab() * 4:
         raise DataError(f"it holds {n_extra} bytes of logits, which is not what {n_tokens} tokens have")
@@ -287,8 +316,8 @@ def restore_session(llm: Llama, session: Session) -> Any:
         memory = llama_cpp.llama_get_memory(llm.ctx)
         if memory and llama_cpp.llama_memory_seq_pos_max(memory, 0) < n_tokens - 1:
             raise DataError(f"its header lists {n_tokens} tokens, but its cache ends before them: it was put together from different sessions")
-        extra = _native.ffi.cast("void *", scores.ctypes.data) if takes_scores else _native.ffi.NULL
-        session.check(_native.lib.gear_session_restore(session.pointer, extra, _native.ffi.NULL))
+        extra = native.ffi.cast("void *", scores.ctypes.data) if takes_scores else native.ffi.NULL
+        session.check(native.lib.gear_session_restore(session.pointer, extra, native.ffi.NULL))
     except BaseException as error:
         llm.n_tokens = 0
         llm._ctx.kv_cache_clear()
@@ -299,8 +328,8 @@ def restore_session(llm: Llama, session: Session) -> Any:
     return note.get("data")
 
 
-def _device(llm: Llama) -> Any:
-    return llm._device.handle if llm._device else _native.ffi.NULL
+def _device(llm: SessionLlama) -> Any:
+    return llm._device.handle if llm._device else native.ffi.NULL
 
 
 def explain_state(reason: str) -> str:
@@ -317,14 +346,14 @@ def explain_state(reason: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def pack_state(llm: Llama) -> GearState:
+def pack_state(llm: SessionLlama) -> GearState:
     """The context as a packed state."""
     pieces: list[bytes] = []
     write_session(llm, None, lambda piece: pieces.append(bytes(piece)))
     return GearState(b"".join(pieces))
 
 
-def load_packed(llm: Llama, state: GearState) -> None:
+def load_packed(llm: SessionLlama, state: GearState) -> None:
     """Go back to a packed state."""
     data = memoryview(state.llama_state)
     with open_session(len(data), lambda offset, n: data[offset : offset + n]) as session:
@@ -336,12 +365,12 @@ def load_packed(llm: Llama, state: GearState) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def save(llm: Llama, path: Path, data: Any) -> int:
+def save(llm: SessionLlama, path: Path, data: Any) -> int:
     """`Llama.save_session`."""
     return write_whole(path, lambda write: write_session(llm, data, write))
 
 
-def load(llm: Llama, path: Path) -> Any:
+def load(llm: SessionLlama, path: Path) -> Any:
     """`Llama.load_session`."""
     with open_file(path) as session:
         return restore_session(llm, session)
@@ -359,7 +388,7 @@ def read_data(path: Path) -> Any:
 
 @contextmanager
 def open_file(path: Path, *, note_only: bool = False) -> Iterator[Session]:
-    """The session of a file; what is wrong with it is said with its path."""
+    """The session of a file. Errors name its path."""
     try:
         with path.open("rb") as file:
             n_bytes = os.fstat(file.fileno()).st_size
@@ -374,7 +403,7 @@ def open_file(path: Path, *, note_only: bool = False) -> Iterator[Session]:
 
 
 def write_whole(path: Path, write_all: Callable[[Write], object]) -> int:
-    """Write a file under another name beside it, then rename it. What processes that were killed left behind is removed.
+    """Write a file under another name beside it, then rename it. What killed processes left behind is removed.
 
     Returns:
         Bytes written.
@@ -389,7 +418,7 @@ def write_whole(path: Path, write_all: Callable[[Write], object]) -> int:
         raise GearError(f"cannot save to {path}: {error.strerror}") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says that somebody is still writing it
+            fcntl.flock(file, fcntl.LOCK_EX)  # marks it as being written
             write_all(file.write)
             file.flush()
             os.fsync(file.fileno())
@@ -401,7 +430,7 @@ def write_whole(path: Path, write_all: Callable[[Write], object]) -> int:
         if isinstance(error, OSError):
             raise GearError(f"cannot save to {path}: {error.strerror}") from error
         raise
-    with contextlib.suppress(OSError):  # the name, too, outlives a power failure where the file system can say so
+    with contextlib.suppress(OSError):  # so that the new name survives a power failure, where the file system supports it
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

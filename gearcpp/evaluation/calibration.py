@@ -14,14 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..config import GearConfig, KVType
+from ..cache.kv_type import KVType
+from ..config import GearConfig
 from ..errors import ConfigError, DataError, UnsupportedError
-from .methods.rope import Rope
-from .registry import Recorder
+from ..reference.methods.rope import Rope
+from ..reference.registry import Recorder
 
 if TYPE_CHECKING:
-    from ..llama import Llama
     from ..model_info import ModelInfo
+    from ..runtime.llama import Llama
 
 N_CTX = 2048  # tokens of a chunk, as in both papers
 N_UBATCH = 128
@@ -59,8 +60,8 @@ def record(
     """
     import llama_cpp
 
-    from ..llama import Llama
-    from ..perplexity import read_text
+    from ..runtime.llama import Llama
+    from .text import read_text
 
     if n_token < 1 or n_chunk < 1:
         raise ConfigError(f"n_token and n_chunk must be 1 or more, not {n_token} and {n_chunk}")

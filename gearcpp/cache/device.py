@@ -1,4 +1,4 @@
-"""A GEAR device: the ggml devices that llama.cpp puts a model's layers on so that their KV cache is GEAR's: one, or one for each of several GPUs.
+"""A GEAR device: llama.cpp puts a model's layers on its ggml devices, and GEAR then holds their KV cache. One ggml device, or one for each GPU.
 
 `gearcpp.Llama` makes one by itself; those who use llama.cpp's low-level API get theirs from `gearcpp.model_params`.
 """
@@ -6,25 +6,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
-from ._placement import Placement
-from .config import GearConfig
-from .errors import CodecError, GearError, UnsupportedError, from_status
-from .model_info import KVLayer, ModelInfo
-from .python_codec import CountedCodec
+from .. import native
+from ..config import GearConfig
+from ..errors import CodecError, GearError, UnsupportedError, from_status
+from ..model_info import KVLayer, ModelInfo
+from .placement import Placement
+from .python_codec import Codec, CountedCodec
 
 _USED_OTHERWISE = 2  # gear_store_stats.kind
-
-# A codec in Python, given a tile of one head when it is packed:
-#   (il, side "k" or "v", head, x f32 [n_token, d_head], written bool [n_token], cells i64 [n_token]) -> (reconstruction [n_token, d_head], bytes it takes)
-Codec = Callable[[int, str, int, npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.int64]], tuple[npt.ArrayLike, float]]
 
 
 class GearDevice:
@@ -48,32 +43,32 @@ class GearDevice:
     def __init__(
         self, info: ModelInfo, config: GearConfig, *, n_ubatch: int = 512, codec: Codec | None = None, placement: Placement | None = None
     ) -> None:
-        self._device = _native.ffi.NULL
+        self._device = native.ffi.NULL
         self._placement = placement or Placement()
         info.check_gear()
         _check_heads(info, config)
-        _native.open_ggml()
+        native.open_ggml()
         self._codec_failure: BaseException | None = None
-        self._layers = _native.ffi.new("gear_layer[]", [(layer.il, layer.n_head_kv, layer.d_head_k, layer.d_head_v) for layer in info.layers])
+        self._layers = native.ffi.new("gear_layer[]", [(layer.il, layer.n_head_kv, layer.d_head_k, layer.d_head_v) for layer in info.layers])
         self.codec = CountedCodec(codec) if codec else None
-        self._callback = self._make_callback(self.codec) if self.codec else _native.ffi.NULL
-        params = _native.ffi.new(
+        self._callback = self._make_callback(self.codec) if self.codec else native.ffi.NULL
+        params = native.ffi.new(
             "gear_device_params *",
             {
-                "config": _native.config_to_c(config)[0],
+                "config": native.config_to_c(config)[0],
                 "layers": self._layers,
                 "n_layer": len(info.layers),
                 "n_ubatch": n_ubatch,
-                "device": (names := _native.ffi.new("char[]", ",".join(self._placement.devices).encode())),
+                "device": (names := native.ffi.new("char[]", ",".join(self._placement.devices).encode())),
                 "codec": self._callback,
             },
         )
-        self._device = _native.lib.gear_device_new(params)
-        if self._device == _native.ffi.NULL:
-            raise _native.last_error()
+        self._device = native.lib.gear_device_new(params)
+        if self._device == native.ffi.NULL:
+            raise native.last_error()
         del names  # which had to live until here
         # Both are what a llama_model_params points to.
-        self._list = _native.ffi.new("void *[]", [_native.lib.gear_device_ggml(self._device, i) for i in range(len(self._placement.devices) + 1)])
+        self._list = native.ffi.new("void *[]", [native.lib.gear_device_ggml(self._device, i) for i in range(len(self._placement.devices) + 1)])
         shares = self._placement.shares
         self._shares = (ctypes.c_float * llama_cpp.llama_max_devices())(*shares) if shares else None
 
@@ -84,19 +79,19 @@ class GearDevice:
 
     def attach(self, params: Any) -> None:
         """Make a llama_model_params put all layers on this device. The lists that it points to live as long as this object."""
-        params.devices = int(_native.ffi.cast("uintptr_t", self._list))
+        params.devices = int(native.ffi.cast("uintptr_t", self._list))
         arguments = self._placement.arguments
         params.n_gpu_layers, params.split_mode, params.main_gpu = arguments["n_gpu_layers"], arguments["split_mode"], arguments["main_gpu"]
         params.tensor_split = self._shares
 
     def take_failure(self) -> GearError | None:
         """The failure that made a llama.cpp call fail, or None; asking clears it. Ctrl-C within a codec in Python is raised as Ctrl-C."""
-        if self._device == _native.ffi.NULL:
+        if self._device == native.ffi.NULL:
             return None
-        status = _native.ffi.new("gear_status *")
-        message = _native.text(_native.lib.gear_device_error(self._device, status))
+        status = native.ffi.new("gear_status *")
+        message = native.text(native.lib.gear_device_error(self._device, status))
         cause, self._codec_failure = self._codec_failure, None
-        if status[0] == _native.lib.GEAR_OK:
+        if status[0] == native.lib.GEAR_OK:
             return None
         if cause and not isinstance(cause, Exception):
             raise cause
@@ -108,20 +103,20 @@ class GearDevice:
         """The fields of ``gear_store_stats`` for K and V of every layer of every live context on this device."""
         n = 0
         while True:
-            stats = _native.ffi.new("gear_store_stats[]", max(n, 1))
-            count = _native.lib.gear_device_stats(self._device, stats, n)
+            stats = native.ffi.new("gear_store_stats[]", max(n, 1))
+            count = native.lib.gear_device_stats(self._device, stats, n)
             if count < 0:
-                raise _native.last_error()
+                raise native.last_error()
             if count <= n:
-                return [_native.struct_to_dict(stats[i]) for i in range(count)]
+                return [native.struct_to_dict(stats[i]) for i in range(count)]
             n = count
 
     def scratch_bytes(self) -> int:
         """Memory of attention's and packing's scratch over all contexts of the device."""
-        return int(_native.lib.gear_device_scratch_bytes(self._device))
+        return int(native.lib.gear_device_scratch_bytes(self._device))
 
     def check_owns(self, layers: tuple[KVLayer, ...], *, is_hybrid: bool) -> None:
-        """Raise UnsupportedError unless this device got the cache that it was made for, whatever llama.cpp does with the model's family.
+        """Raise UnsupportedError unless llama.cpp put the KV cache of these layers on this device.
 
         K and V of every layer must be in its stores (in a hybrid model any layer may have no cache, but not all of them), and not all of them kept as
         f16 because llama.cpp reads them by other operations than flash attention.
@@ -130,7 +125,7 @@ class GearDevice:
         if stores and all(store["kind"] == _USED_OTHERWISE for store in stores):
             raise UnsupportedError("llama.cpp reads this model's KV cache by operations that GEAR does not cover; use kv_type='f16' for this model")
         owned = {(store["il"], store["side"]) for store in stores}
-        absent = [layer for layer in layers if not {(layer.il, _native.lib.GEAR_SIDE_K), (layer.il, _native.lib.GEAR_SIDE_V)} <= owned]
+        absent = [layer for layer in layers if not {(layer.il, native.lib.GEAR_SIDE_K), (layer.il, native.lib.GEAR_SIDE_V)} <= owned]
         lost = [layer for layer in absent if (layer.certain and not is_hybrid) or len(absent) == len(layers)]
         if lost:
             numbers = ", ".join(str(layer.il) for layer in lost)
@@ -138,12 +133,12 @@ class GearDevice:
 
     def close(self) -> None:
         """Free the device. May be called twice."""
-        if self._device != _native.ffi.NULL:
-            _native.lib.gear_device_free(self._device)
-            self._device = _native.ffi.NULL
+        if self._device != native.ffi.NULL:
+            native.lib.gear_device_free(self._device)
+            self._device = native.ffi.NULL
 
     def _make_callback(self, codec: Codec) -> Any:
-        ffi = _native.ffi
+        ffi = native.ffi
 
         def array(pointer: Any, shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:
             return np.frombuffer(ffi.buffer(pointer, int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
@@ -170,7 +165,7 @@ def _check_heads(info: ModelInfo, config: GearConfig) -> None:
     sizes = {(layer.d_head_k, layer.d_head_v) for layer in info.layers}
     for d_head_k, d_head_v in sizes:
         try:
-            _native.check_heads(config, d_head_k, d_head_v)
+            native.check_heads(config, d_head_k, d_head_v)
         except UnsupportedError as error:
             failures.append(error)
     if sizes and len(failures) == len(sizes):

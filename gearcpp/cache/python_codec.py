@@ -1,22 +1,23 @@
-"""Codecs in Python in the place of the native one: reference methods in the form in which a device calls them, and a count of what they would store.
+"""Python codecs that replace the native one: reference methods in the form in which a device calls them, and the bytes that they would store.
 
-The device keeps what such a codec returns as f16, whatever the codec says that it takes, so no memory is saved.
+The device keeps what such a codec returns as f16, so no memory is saved.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from .config import KVType, TileMethod
-from .errors import ConfigError
-
-if TYPE_CHECKING:
-    from .device import Codec
+from ..errors import ConfigError
+from .kv_type import KVType, TileMethod
 
 F32 = npt.NDArray[np.float32]
+
+# A codec in Python, given a tile of one head when it is packed:
+#   (il, side "k" or "v", head, x f32 [n_token, d_head], written bool [n_token], cells i64 [n_token]) -> (reconstruction [n_token, d_head], bytes it takes)
+Codec = Callable[[int, str, int, npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.int64]], tuple[npt.ArrayLike, float]]
 
 
 def codec_of(kv: KVType, codec: Codec | None = None) -> Codec | None:
@@ -33,7 +34,7 @@ def codec_of(kv: KVType, codec: Codec | None = None) -> Codec | None:
 
 
 class MethodCodec:
-    """A method in the form of a `gearcpp.device.Codec`. Cells are taken for positions: right for one sequence that was never shifted."""
+    """A method in the form of a `Codec`. Cells are taken for positions: right for one sequence that was never shifted."""
 
     def __init__(self, method: TileMethod) -> None:
         self.method = method
@@ -44,7 +45,7 @@ class MethodCodec:
 
 
 class CountedCodec:
-    """A codec with a count of what it would store for the tiles that it was given, one packed again counted again."""
+    """A codec that counts the bytes it would store. A tile that is packed again counts again."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec

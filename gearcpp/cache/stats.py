@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from . import _native
-from .config import KVType
-from .errors import UnsupportedError
-from .model_info import KVLayer
+from .. import native
+from ..errors import UnsupportedError
+from ..model_info import KVLayer
+from .kv_type import KVType
 from .python_codec import CountedCodec
 
 # gear_store_stats.kind
@@ -23,7 +23,7 @@ _SUMS = ("n_elements", "n_written", "n_packed", "n_exact", "n_pack", "bytes", "b
 
 
 def gear_layers(stores: Iterable[dict[str, Any]], codec: CountedCodec | None = None) -> list[dict[str, Any]]:
-    """One entry for each store, from the fields of ``gear_store_stats``; ``codec``: the one in Python that stood in the native one's place."""
+    """One entry for each store, from the fields of ``gear_store_stats``; ``codec``: the Python codec, if one coded the tiles."""
     return [
         {
             **store,
@@ -47,7 +47,7 @@ def _codec_figures(store: dict[str, Any], codec: CountedCodec) -> dict[str, floa
 
 
 def llama_layers(kv: KVType, layers: Sequence[KVLayer], n_cell: int, n_written: int) -> list[dict[str, Any]]:
-    """The same for a cache of llama.cpp's own types, computed: llama.cpp has no call that tells. A full-size cache of one stream is taken for granted."""
+    """The same for a cache of llama.cpp's own types, computed, since llama.cpp has no call for it. Assumes a full-size cache of one stream."""
     return [
         {
             "il": layer.il,
@@ -85,13 +85,13 @@ def cache_bytes(kv: KVType, layers: Sequence[KVLayer], n_ctx: int) -> int:
     return n_ctx * (_CELL_BYTES + math.ceil(bits_per_cell / 8))
 
 
-def _bits(kv: KVType, side: _native.Side, d_head: int) -> float:
+def _bits(kv: KVType, side: native.Side, d_head: int) -> float:
     if kv.method:
         return 16.0  # what it returns is kept as f16
     if not kv.gear:
         return LLAMA_BITS[kv.type_k if side == "k" else kv.type_v]
     try:
-        return _native.bits_per_element(kv.gear, side, d_head)
+        return native.bits_per_element(kv.gear, side, d_head)
     except UnsupportedError:
         return 16.0  # heads that cannot be packed stay f16
 

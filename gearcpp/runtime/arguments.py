@@ -12,9 +12,10 @@ from typing import Any
 
 import llama_cpp
 
-from ._placement import Placement
-from .config import KVType, check_names
-from .errors import ConfigError, UnsupportedError
+from ..cache.kv_type import KVType
+from ..cache.placement import Placement
+from ..config import check_names
+from ..errors import ConfigError, UnsupportedError
 
 _PARENT = llama_cpp.Llama  # now: programs may put gearcpp.Llama in its place later
 CELL_PADDING = 256  # llama.cpp rounds n_ctx up to this (llama-context.cpp), llama_cpp.Llama's own buffers do not

@@ -1,6 +1,6 @@
 """Prompt caches that hold packed states: `GearRAMCache` and `GearDiskCache`, for `Llama.set_cache`.
 
-They have the interface of llama-cpp-python's own caches. What they hold is bytes of sessions (`gearcpp.sessions`), several times smaller than its states.
+They have the interface of llama-cpp-python's own caches. What they hold is bytes of sessions (`.sessions`), several times smaller than its states.
 A cache may serve several models and kinds of KV cache: each context sees only what is its own.
 """
 
@@ -21,8 +21,8 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 
+from ..errors import ConfigError, DataError, GearError
 from . import sessions
-from .errors import ConfigError, DataError, GearError
 from .sessions import GearState
 
 Tokens = npt.NDArray[np.intc]
@@ -35,7 +35,7 @@ class PackedCache(BaseLlamaCache):
 
     @abstractmethod
     def get(self, tokens: Sequence[int], owner: str | None) -> GearState:
-        """The state whose tokens begin with the longest part of ``tokens``; KeyError when none begins with the first one.
+        """The state that shares the longest prefix with ``tokens``; KeyError when none shares the first token.
 
         Args:
             owner: of that model and cache only (`GearState.owner`); None: of any.
@@ -51,7 +51,7 @@ class PackedCache(BaseLlamaCache):
         state that is larger than that by itself is not kept."""
 
     def of_owner(self, owner: str) -> PackedCache:
-        """This cache as one model and kind of KV cache see it."""
+        """This cache for one model and kind of KV cache."""
         return _OwnersView(self, owner)
 
     def __getitem__(self, key: Sequence[int]) -> GearState:
@@ -84,7 +84,7 @@ class _OwnersView(PackedCache):
 
 
 def _common(a: Tokens, b: Tokens) -> int:
-    """Tokens that both begin with."""
+    """How many tokens both have in common from their start."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
@@ -250,7 +250,7 @@ class GearDiskCache(PackedCache):
         return best
 
     def _look(self) -> None:
-        """Know the files that are there now, those of other processes included. Of a new one only the first part is read."""
+        """Update the list of files, those of other processes included. Of a new file only the first part is read."""
         there = {name: status.st_size for name, status in self._files()}
         for name in [name for name in self._entries if name not in there]:
             del self._entries[name]
@@ -262,7 +262,7 @@ class GearDiskCache(PackedCache):
                 with sessions.open_file(self.folder / name, note_only=True) as session:
                     note = session.note
                 self._entries[name] = _Entry(sessions.owner_name(note["owner"]), np.array(note["tokens"], np.intc), n_bytes)
-            except GearError:  # cut off, or of another gearcpp: in the way of nobody, and the first to be trimmed when it is old
+            except GearError:  # damaged, or of another version: it is ignored, and removed when it is the oldest
                 self._entries[name] = None
 
     def _trim(self) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import llama_cpp
 
-from .errors import ConfigError, DataError
-from .llama import Llama
+from ..errors import ConfigError, DataError
+from ..runtime.llama import Llama
 from .perplexity import REFERENCE, CacheSpec, parse_cache
 
 N_BATCH = 128  # tokens read at once; they stay exact meanwhile, so a long batch would keep a short prompt from being packed at all
@@ -25,7 +25,7 @@ N_SHOTS = 8  # worked examples before a problem of GSM8K, as usual
 
 
 def parse_specs(kv: str) -> list[CacheSpec]:
-    """The caches of a comma-separated list (see `gearcpp.perplexity.parse_cache`), f16 in front of them.
+    """The caches of a comma-separated list (see `gearcpp.evaluation.perplexity.parse_cache`), f16 in front of them.
 
     Raises:
         ConfigError: a name is unknown.
@@ -226,7 +226,7 @@ class Drift:
     Attributes:
         first_difference: tokens before the answers part; the length of f16's if they do not.
         is_same: whether they do not.
-        same_share: share of places with the same token, over the longer answer.
+        same_share: share of positions with the same token, over the longer answer.
         repetition, repetition_f16: share of runs of four tokens that were there before.
         length_ratio: length of this answer / of f16's.
     """
@@ -240,7 +240,7 @@ class Drift:
 
 
 def split_prompts(llm: Llama, text: bytes, n_prompts: int, n_tokens: int) -> list[list[int]]:
-    """Prompts of ``n_tokens`` tokens from places spread evenly over a text.
+    """Prompts of ``n_tokens`` tokens spread evenly over a text.
 
     Raises:
         DataError: the text is too short for prompts that do not overlap.

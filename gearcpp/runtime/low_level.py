@@ -16,13 +16,14 @@ from typing import Any
 
 import llama_cpp
 
-from . import _native
-from ._placement import ARGUMENTS, Placement, place
-from .config import KVTypeLike, check_names, normalize_kv_type
-from .device import Codec, GearDevice
-from .errors import ConfigError
-from .model_info import read_model_info
-from .python_codec import codec_of
+from .. import native
+from ..cache.device import GearDevice
+from ..cache.kv_type import KVTypeLike, normalize_kv_type
+from ..cache.placement import ARGUMENTS, Placement, choose_placement
+from ..cache.python_codec import Codec, codec_of
+from ..config import check_names
+from ..errors import ConfigError
+from ..model_info import read_model_info
 
 
 def model_params(
@@ -34,7 +35,7 @@ def model_params(
         path: the model's file.
         kv_type: as in `gearcpp.Llama`; the same must go to `context_params`.
         n_ubatch: at least the n_ubatch of every context.
-        codec: a codec in Python instead of the native one (`gearcpp.device.Codec`).
+        codec: a codec in Python instead of the native one (`gearcpp.cache.python_codec.Codec`).
         fields: other members of llama_model_params. On GPUs (docs/cuda.md) n_gpu_layers, split_mode, main_gpu and tensor_split (a sequence of numbers) say
             where the layers go; on the CPU kv_type does.
 
@@ -51,8 +52,8 @@ def model_params(
     if not kv.gear:
         return _filled(llama_cpp.llama_model_default_params(), fields, reserved=()), None
     info, placement = read_model_info(path), Placement()
-    if _native.default_devices() != placement.devices:
-        placement = place({name: fields.pop(name) for name in ARGUMENTS if name in fields}, info.n_layer)
+    if native.default_devices() != placement.devices:
+        placement = choose_placement({name: fields.pop(name) for name in ARGUMENTS if name in fields}, info.n_layer)
     params = _filled(llama_cpp.llama_model_default_params(), fields, reserved=("devices", "n_gpu_layers", "split_mode", "tensor_split"))
     device = GearDevice(info, kv.gear, n_ubatch=n_ubatch, codec=codec, placement=placement)
     device.attach(params)

@@ -16,16 +16,18 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 
-from . import _native, kv_stats, sessions
-from ._arguments import parent_arguments
-from ._llama_log import LlamaLog
-from ._placement import Placement, place
-from .caches import PackedCache
-from .config import KVType, KVTypeLike, for_sequences, normalize_kv_type
-from .device import Codec, GearDevice
-from .errors import ClosedError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
-from .model_info import NO_CACHE, ModelInfo, read_model_info
-from .python_codec import codec_of
+from .. import native
+from ..cache import stats
+from ..cache.device import GearDevice
+from ..cache.kv_type import KVType, KVTypeLike, for_sequences, normalize_kv_type
+from ..cache.placement import Placement, choose_placement
+from ..cache.python_codec import Codec, codec_of
+from ..errors import ClosedError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
+from ..model_info import NO_CACHE, ModelInfo, read_model_info
+from . import sessions
+from .arguments import parent_arguments
+from .llama_log import LlamaLog
+from .prompt_cache import PackedCache
 
 # The parent redirects stdout and stderr of the whole process while it loads, and the log callback is one for the process: one construction at a time.
 _construction = threading.RLock()
@@ -50,7 +52,7 @@ class Llama(llama_cpp.Llama):
         kv_type: "gear" (the default preset), another preset (`gearcpp.PRESETS`), a `GearConfig` or a mapping of its fields, one of llama.cpp's own types
             ("f16", "q8_0", "q4_0", ...), or a pair of those for K and V; or a method of `gearcpp.reference`, itself or as "sim:NAME", which codes the
             tiles in place of the native codec: for research, slow, and saves no memory.
-        codec: a Python function that codes the tiles of a GEAR cache in place of the native codec (see `gearcpp.device.Codec`); for research, slow.
+        codec: a Python function that codes the tiles of a GEAR cache in place of the native one (`gearcpp.cache.python_codec.Codec`); slow, for research.
         arguments: those of llama_cpp.Llama.
 
     Raises:
@@ -72,7 +74,7 @@ class Llama(llama_cpp.Llama):
         self.kv_type: KVType = normalize_kv_type(kv_type)
         self.info: ModelInfo = read_model_info(model_path, arguments.get("kv_overrides"))
         has_cache = not arguments.get("vocab_only") and self.info.arch not in NO_CACHE
-        placement = place(arguments, self.info.n_layer) if has_cache and self.kv_type.gear else Placement()
+        placement = choose_placement(arguments, self.info.n_layer) if has_cache and self.kv_type.gear else Placement()
         given = {"model_path": model_path, **arguments}
         resolved = parent_arguments(self.kv_type, given, self.info.n_ctx_train, has_cache=has_cache, placement=placement)
         self.kv_type = for_sequences(self.kv_type, self._n_sequences, resolved["n_ctx"])
@@ -126,8 +128,8 @@ class Llama(llama_cpp.Llama):
 
     def _check_memory(self, n_ctx: int) -> None:
         """Refuse what the process would be killed for. Without swa_full the caches of sliding windows are smaller than what is known here."""
-        n_bytes = kv_stats.cache_bytes(self.kv_type, self.info.layers, n_ctx)
-        available = _native.available_memory()
+        n_bytes = stats.cache_bytes(self.kv_type, self.info.layers, n_ctx)
+        available = native.available_memory()
         if n_bytes > available and self._given.get("swa_full") is not False:
             raise OutOfMemoryError(
                 f"a {self.kv_type.name} cache for n_ctx={n_ctx} takes {n_bytes / 2**20:.0f} MiB, but only {available / 2**20:.0f} MiB are available; "
@@ -189,10 +191,10 @@ class Llama(llama_cpp.Llama):
         """
         self._require_open()
         if self._device:
-            stores = kv_stats.gear_layers(self._device.stats(), self._device.codec)
-            return kv_stats.summarize(self.kv_type, stores, self._device.scratch_bytes())
+            stores = stats.gear_layers(self._device.stats(), self._device.codec)
+            return stats.summarize(self.kv_type, stores, self._device.scratch_bytes())
         layers = () if self._given.get("vocab_only") else self.info.layers
-        return kv_stats.summarize(self.kv_type, kv_stats.llama_layers(self.kv_type, layers, self.n_ctx(), self.n_tokens), 0)
+        return stats.summarize(self.kv_type, stats.llama_layers(self.kv_type, layers, self.n_ctx(), self.n_tokens), 0)
 
     @property
     def has_chat_template(self) -> bool:

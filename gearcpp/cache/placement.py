@@ -9,8 +9,8 @@ from typing import Any
 
 import llama_cpp
 
-from . import _native
-from .errors import ConfigError
+from .. import native
+from ..errors import ConfigError
 
 ARGUMENTS = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split")
 CPU = "CPU"
@@ -35,7 +35,7 @@ class Placement:
         return {"n_gpu_layers": -1, "split_mode": llama_cpp.LLAMA_SPLIT_MODE_LAYER, "main_gpu": 0, "tensor_split": shares}
 
 
-def place(given: Mapping[str, Any], n_layer: int) -> Placement:
+def choose_placement(given: Mapping[str, Any], n_layer: int) -> Placement:
     """Where the layers go, by llama.cpp's own arguments with llama.cpp's meaning.
 
     Layers that ``n_gpu_layers`` leaves on the CPU have a GEAR cache there: they are on a device of their own, which llama.cpp counts like a GPU.
@@ -48,7 +48,7 @@ def place(given: Mapping[str, Any], n_layer: int) -> Placement:
         ConfigError: a value is out of range, or would split a layer.
         UnsupportedError: the GPUs cannot be used.
     """
-    gpus = _native.default_devices()
+    gpus = native.default_devices()
     n_gpu_layers = given.get("n_gpu_layers", -1)
     if gpus == (CPU,) or n_gpu_layers == 0:
         return Placement()

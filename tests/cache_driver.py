@@ -1,7 +1,7 @@
-"""One life of a context, driven through llama.cpp's low-level API, so that it can be led twice: on f16 and on GEAR.
+"""A context driven through llama.cpp's low-level API, so that a test can run one script twice: on f16 and on GEAR.
 
-A `Life` decodes tokens of several sequences and moves them about, and writes down the logits of every step and what every call answered. Two lives of the
-same script differ by what the cache made of them and by nothing else.
+A `CacheDriver` decodes tokens of several sequences, removes, copies and shifts them, and records the logits of every step and what every call answered.
+Two runs of a script differ by their cache and by nothing else.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from models import N_VOCAB
 
 import gearcpp
-from gearcpp.device import Codec, GearDevice
+from gearcpp.cache.device import GearDevice
+from gearcpp.cache.python_codec import Codec
+from gearcpp.runtime.context import Batch
 
 Tokens = Sequence[int]
 
 
-class Life:
-    """One model, one context after the other, and what was seen. Close it, or use it in a ``with`` statement.
+class CacheDriver:
+    """One model, one context after the other, and what was recorded. Close it, or use it in a ``with`` statement.
 
     Attributes:
         logits: [n_vocab] of the last token of each sequence of each step, in order.
@@ -40,6 +41,7 @@ class Life:
         self._context_params = gearcpp.context_params(
             kv_type, **{"n_ctx": 2048, "n_batch": 512, "n_ubatch": self.N_UBATCH, "n_threads": 1, "n_threads_batch": 1, "n_seq_max": 4, **fields}
         )
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.context: Any = None
         self.logits: list[np.ndarray] = []
         self.answers: list[Any] = []
@@ -47,7 +49,7 @@ class Life:
         self.most_packed = 0
         self.new_context()
 
-    def __enter__(self) -> Life:
+    def __enter__(self) -> CacheDriver:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,22 +82,18 @@ class Life:
         return sum(store["n_packed"] for store in self.device.stats()) if isinstance(self.device, GearDevice) else 0
 
     def step(self, sequences: Mapping[int, Tokens]) -> dict[int, np.ndarray]:
-        """Decode tokens at the end of each sequence, all in one batch, and note and return the logits after each one's last token."""
+        """Decode tokens at the end of each sequence, all in one batch, and record and return the logits after each one's last token."""
         n = sum(map(len, sequences.values()))
-        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        batch = Batch(n)
         last: dict[int, int] = {}
         for sequence, tokens in sequences.items():
-            for token in tokens:
-                at, position = batch.n_tokens, self.ends.get(sequence, 0)
-                batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = int(token), position, 1, 0
-                batch.seq_id[at][0] = sequence
-                batch.n_tokens, last[sequence], self.ends[sequence] = at + 1, at, position + 1
-        for at in last.values():
-            batch.logits[at] = 1
-        status = llama_cpp.llama_decode(self.context, batch)
+            position = self.ends.get(sequence, 0)
+            batch.add(sequence, position, tokens, logits=True)
+            last[sequence], self.ends[sequence] = batch.struct.n_tokens - 1, position + len(tokens)
+        status = llama_cpp.llama_decode(self.context, batch.struct)
         assert status == 0, (status, self.failure)
-        seen = {s: np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, at), (N_VOCAB,)).astype(np.float64) for s, at in last.items()}
-        llama_cpp.llama_batch_free(batch)
+        rows = {s: llama_cpp.llama_get_logits_ith(self.context, at) for s, at in last.items()}
+        seen = {s: np.ctypeslib.as_array(row, (self.n_vocab,)).astype(np.float64) for s, row in rows.items()}
         self.logits += seen.values()
         self.most_packed = max(self.most_packed, self.n_packed)
         return seen
@@ -156,7 +154,7 @@ class Life:
 
 
 def furthest(reference: Sequence[np.ndarray], other: Sequence[np.ndarray], share: float = 1.0) -> float:
-    """The largest difference of logits in two lives, relative to the largest logit of its step; share: of this share of the steps, the nearest ones."""
+    """The largest difference of logits in two runs, relative to the largest logit of its step; share: of this share of the steps, the nearest ones."""
     assert len(reference) == len(other) > 0
     distances = [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(reference, other, strict=True)]
     return float(np.quantile(distances, share))

@@ -1,5 +1,5 @@
-"""Cache life through gearcpp.Llama: speculative decoding, embeddings, encoders, adapters that come and go, contexts that are used again. The reference is
-the same on f16."""
+"""What gearcpp.Llama does with its cache: speculative decoding, embeddings, encoders, adapters that come and go, contexts that are used again. The
+reference is the same on f16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from cache_life import Life, furthest
+from cache_driver import CacheDriver, furthest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from models import N_VOCAB, Shape, write_lora
 
@@ -88,22 +88,22 @@ def test_embeddings(family: tuple[str, Shape], random_model: RandomModel) -> Non
 
 
 def test_adapters_come_and_go(random_model: RandomModel, tmp_path: Path, random: np.random.Generator) -> None:
-    """LoRA adapters are switched while a context lives: rows written under one stay and are read under another."""
+    """LoRA adapters are switched while a context runs: rows written under one stay and are read under another."""
     adapters = [write_lora(tmp_path / f"{seed}.gguf", Shape(seed=seed)) for seed in (1, 2)]
     pieces = random.integers(3, N_VOCAB, (6, 80)).tolist()
 
     def switching(kv_type: Any, order: list[int | None]) -> list[np.ndarray]:
-        with Life(random_model(), kv_type, kv_unified=True) as life:
-            loaded = [llama_cpp.llama_adapter_lora_init(life.model, str(path).encode()) for path in adapters]
+        with CacheDriver(random_model(), kv_type, kv_unified=True) as driver:
+            loaded = [llama_cpp.llama_adapter_lora_init(driver.model, str(path).encode()) for path in adapters]
             assert all(loaded)
             for piece, chosen in zip(pieces, order, strict=True):
                 use = [] if chosen is None else [loaded[chosen]]
                 pointers = (llama_cpp.llama_adapter_lora_p_ctypes * max(len(use), 1))(*use)
                 scales = (ctypes.c_float * max(len(use), 1))(*[1.0] * len(use))
-                assert llama_cpp.llama_set_adapters_lora(life.context, pointers, len(use), scales) == 0
-                life.step({0: piece, 1: piece[:9]})
-            assert kv_type == "f16" or life.most_packed > 0 or kv_type.n_tail > 512
-        return life.logits
+                assert llama_cpp.llama_set_adapters_lora(driver.context, pointers, len(use), scales) == 0
+                driver.step({0: piece, 1: piece[:9]})
+            assert kv_type == "f16" or driver.most_packed > 0 or kv_type.n_tail > 512
+        return driver.logits
 
     order = [None, 0, 1, None, 1, 0]
     plain = switching("f16", order)
@@ -115,7 +115,7 @@ def test_adapters_come_and_go(random_model: RandomModel, tmp_path: Path, random:
 @pytest.mark.parametrize("family", [("llama", Shape()), ("gemma2", Shape()), ("mixtral", Shape())], ids=lambda family: family[0])
 def test_three_times_past_the_context(family: tuple[str, Shape], random_model: RandomModel, random: np.random.Generator) -> None:
     pieces = random.integers(3, N_VOCAB, (90, 20)).tolist()
-    lives = {}
+    runs = {}
     for name, kv_type in (("f16", "f16"), ("exact", EXACT), ("packed", PACKED)):
         llm = load(random_model(*family), kv_type, swa_full=True)
         seen = []
@@ -124,11 +124,11 @@ def test_three_times_past_the_context(family: tuple[str, Shape], random_model: R
                 llm.shift_context(4, 250)
             llm.eval(piece)
             seen.append(logits(llm))
-        lives[name] = seen
+        runs[name] = seen
         llm.close()
     share = 0.8 if family[0] == "mixtral" else 1.0
-    assert furthest(lives["f16"], lives["exact"], share) < 0.01
-    assert furthest(lives["f16"], lives["packed"], share) < 0.25
+    assert furthest(runs["f16"], runs["exact"], share) < 0.01
+    assert furthest(runs["f16"], runs["packed"], share) < 0.25
 
 
 @pytest.mark.parametrize("kv_type", [EXACT, PACKED], ids=["exact", "packed"])

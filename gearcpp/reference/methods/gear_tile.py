@@ -66,7 +66,7 @@ class SideConfig(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The parts of a packed tile, as ``gearcpp._native.tile_parts`` gives them.
+    """The parts of a packed tile, as ``gearcpp.native.tile_parts`` gives them.
 
     codes [..., T, d]; scale and zero [..., n_group]; a [..., T, r] with sigma in it; b [..., d, r]; mean [..., d], zeros without ``center``;
     outlier_value and outlier_index [..., n_vector, n_outlier], vectors being the channels of K and the tokens of V; basis u8 [..., d / 2] with rotate
@@ -133,7 +133,7 @@ def tile_bytes(side: SideConfig) -> int:
     return _aligned(sum(_aligned(part, PART_ALIGN) for part in planes + scales + extremes + factors + means + weights + outliers), TILE_ALIGN)
 
 
-def native_gear(x: Tensor, side: str, config: GearConfig, written: Tensor | None = None) -> Coded:
+def gear_tile(x: Tensor, side: str, config: GearConfig, written: Tensor | None = None) -> Coded:
     """The reconstruction of tiles, and their bytes.
 
     Args:
@@ -147,7 +147,7 @@ def native_gear(x: Tensor, side: str, config: GearConfig, written: Tensor | None
 
 
 def pack(x: Tensor, side: SideConfig, written: Tensor | None = None, query_square: Tensor | None = None) -> Parts:
-    """X [..., T, d] in parts; see `native_gear`.
+    """X [..., T, d] in parts; see `gear_tile`.
 
     Args:
         query_square: f64 [..., d], the mean square of each channel of the queries, by which rotate "auto" weighs it; None: not known.

@@ -1,10 +1,10 @@
-"""What a beginning that the server's sequences share loses while others write the cells around it again and again.
+"""What a prefix that the server's sequences share loses while others write the cells around it again and again.
 
-    python benchmarks/shared_beginning.py wiki.test.raw --kv gear,gear2 --turns 1,inf
+    python benchmarks/shared_prefix.py wiki.test.raw --kv gear,gear2 --turns 1,inf
 
 Requests with the same first 700 tokens and 300 to 2,500 others of the text go through one scheduler, one after the other. After some of them it is asked
-for the token after the beginning and 8 more tokens, at 16 places of the text; printed is how far the log-probability of f16's likeliest token is from
-f16's, in the mean and at most. --turns is the scheduler's TURNS: after how many contexts' worth of tokens a beginning is evaluated anew; inf: never.
+for the token after the prefix and 8 more tokens, at 16 positions of the text; printed is how far the log-probability of f16's likeliest token is from
+f16's, in the mean and at most. --turns is the scheduler's TURNS: after how many contexts' worth of tokens a prefix is evaluated anew; inf: never.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gearcpp.cli._model import bundled_model, silence_llama_log
 from gearcpp.server import scheduler
 from gearcpp.server.llama import ServedLlama
 
-N_BEGINNING, N_PLACES, N_AFTER = 700, 16, 8
+N_PREFIX, N_POSITIONS, N_AFTER = 700, 16, 8
 LOOKS = (1, 4, 14, 39)  # requests after which to look
 
 Logprobs = list[dict[str, float]]
@@ -50,7 +50,7 @@ def main() -> None:
                 for n_requests in LOOKS:
                     while n_done < n_requests:
                         first, n = random.integers(0, len(tokens) - 2600), random.integers(300, 2500)
-                        llm.create_completion(tokens[:N_BEGINNING] + tokens[first : first + n], max_tokens=40, temperature=0)
+                        llm.create_completion(tokens[:N_PREFIX] + tokens[first : first + n], max_tokens=40, temperature=0)
                         n_done += 1
                     counters = llm.scheduler.counters
                     filled = counters.prompt_tokens / args.ctx_size
@@ -70,11 +70,11 @@ def served(args: argparse.Namespace, kv: str, n_parallel: int) -> Iterator[Serve
 
 
 def look(llm: ServedLlama, tokens: list[int]) -> Logprobs:
-    """The likeliest tokens after the beginning and a few more tokens, at each place."""
+    """The likeliest tokens after the prefix and a few more tokens, at each position."""
     found = []
-    for i in range(N_PLACES):
+    for i in range(N_POSITIONS):
         first = 2000 + 37 * i
-        answer = llm.create_completion(tokens[:N_BEGINNING] + tokens[first : first + N_AFTER], max_tokens=1, temperature=0, logprobs=20)
+        answer = llm.create_completion(tokens[:N_PREFIX] + tokens[first : first + N_AFTER], max_tokens=1, temperature=0, logprobs=20)
         found.append(answer["choices"][0]["logprobs"]["top_logprobs"][0])
     return found
 

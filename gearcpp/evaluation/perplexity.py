@@ -16,24 +16,22 @@ import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ._llama_log import LlamaLog
-from .config import KVType, normalize_kv_type
-from .device import GearDevice
-from .errors import ConfigError, DataError, GearError, UnsupportedError
+from ..cache.kv_type import KVType, normalize_kv_type
+from ..cache.stats import gear_layers, llama_layers, summarize
+from ..errors import ConfigError, DataError, GearError, UnsupportedError
+from ..model_info import read_model_info
+from ..runtime.context import Batch, Context, Model
+from ..runtime.low_level import context_params, model_params
 from .fidelity import F32, I32, Summary, Tally, compare
-from .kv_stats import gear_layers, llama_layers, summarize
-from .low_level import context_params, model_params
-from .model_info import ModelInfo, read_model_info
 
 if TYPE_CHECKING:
-    from .reference import Recorder
+    from ..reference import Recorder
 
 F16 = normalize_kv_type("f16")
 ENOUGH_TOKENS = 20_000  # scored tokens from which the standard errors of the rarer figures mean something
@@ -152,7 +150,7 @@ def parse_caches(text: str, settings: Settings, recorder: Any = None) -> list[Ca
 def _is_calibrated(label: str) -> bool:
     if not label.lower().startswith("sim:"):
         return False
-    from .reference import needs_calibration
+    from ..reference import needs_calibration
 
     return needs_calibration(label[len("sim:") :].partition("+")[0])
 
@@ -170,31 +168,12 @@ def plan_passes(specs: Sequence[CacheSpec], n_models: int = 2) -> list[list[Cach
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: str | os.PathLike[str]) -> bytes:
-    """A text file as UTF-8, without the newline at its very end (which llama-perplexity drops, too).
-
-    Raises:
-        DataError: it is missing, unreadable, empty or not UTF-8.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; give a text file") from error
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from error
-    if not data.strip():
-        raise DataError(f"{path} is empty: there is nothing to score")
-    return data[:-1] if data.endswith(b"\n") else data
-
-
 def split_chunks(tokens: I32, settings: Settings, bos: int | None) -> I32:
     """Cut tokens into chunks.
 
     Args:
         tokens: the whole text [n], as tokenized with special tokens added.
-        bos: the token that takes the first place of every chunk; None: the text keeps it.
+        bos: the first token of every chunk; None: the text keeps it.
 
     Returns:
         i32 [n_chunk, n_ctx]; what is left over at the end is not used.
@@ -220,56 +199,11 @@ def split_chunks(tokens: I32, settings: Settings, bos: int | None) -> I32:
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-class _Model:
-    """A loaded model; its layers are on a GEAR device if one is given, which has to outlive it."""
-
-    def __init__(self, info: ModelInfo, params: llama_cpp.llama_model_params, device: GearDevice | None = None) -> None:
-        self.info, self.device = info, device
-        with LlamaLog() as log:
-            self.handle = llama_cpp.llama_model_load_from_file(str(info.path).encode(), params)
-        if not self.handle:
-            raise self.failure(DataError(f"llama.cpp cannot load {info.path}: {log.reason or '-v shows its log'}"))
-        self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
-        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
-
-    def close(self) -> None:
-        """Free the model."""
-        llama_cpp.llama_model_free(self.handle)
-
-    def failure(self, otherwise: GearError) -> GearError:
-        """Why a call of llama.cpp failed: what the device says, if it was the device."""
-        return (self.device and self.device.take_failure()) or otherwise
-
-    def tokenize(self, text: bytes) -> I32:
-        """The tokens of a text, with the special tokens that the model wants around it: i32 [n]."""
-        tokens = np.empty(len(text) + 2, np.int32)
-        n = self._tokenize(text, tokens)
-        if n < 0:  # a tokenizer may make several tokens of a byte; this is how many
-            tokens = np.empty(-n, np.int32)
-            n = self._tokenize(text, tokens)
-        if n < 0:
-            raise DataError("llama.cpp cannot tokenize a text of this size; give a shorter one")
-        return tokens[:n].copy()
-
-    def _tokenize(self, text: bytes, tokens: I32) -> int:
-        pointer = tokens.ctypes.data_as(llama_cpp.llama_token_p)
-        return int(llama_cpp.llama_tokenize(self.vocab, text, len(text), pointer, len(tokens), True, False))
-
-    def bos(self) -> int | None:
-        """The token that every chunk starts with, None for models without."""
-        if not llama_cpp.llama_vocab_get_add_bos(self.vocab):
-            return None
-        bos = llama_cpp.llama_vocab_bos(self.vocab)
-        if bos < 0:
-            raise DataError("this model asks for a BOS token and has none: its GGUF lacks tokenizer.ggml.bos_token_id; convert it again")
-        return bos
-
-
-class _Context:
+class _Context(Context):
     """A context that is fed one sequence batch by batch and gives logits only where they are scored."""
 
-    def __init__(self, model: _Model, spec: CacheSpec, settings: Settings) -> None:
-        self.model, self.spec, self.n_ctx = model, spec, settings.n_ctx
+    def __init__(self, model: Model, spec: CacheSpec, settings: Settings) -> None:
+        self.spec, self.n_ctx = spec, settings.n_ctx
         n_threads = settings.n_threads or _n_cpu()
         params = context_params(
             spec.kv_type,
@@ -281,35 +215,10 @@ class _Context:
             op_offload=False,
             no_perf=True,
         )
-        with LlamaLog() as log:
-            self.handle = llama_cpp.llama_init_from_model(model.handle, params)
-        if not self.handle:
-            reason = log.reason or "-v shows llama.cpp's log"
-            raise model.failure(UnsupportedError(f"no context of {settings.n_ctx} tokens with a {spec.label} cache can be made: {reason}"))
-        self._batch = llama_cpp.llama_batch_init(settings.n_ubatch, 0, 1)
-        self._token, self._position, self._wants_logits = (
-            np.ctypeslib.as_array(pointer, (settings.n_ubatch,)) for pointer in (self._batch.token, self._batch.pos, self._batch.logits)
-        )
-        for i in range(settings.n_ubatch):
-            self._batch.n_seq_id[i] = 1
-            self._batch.seq_id[i][0] = 0
-        try:
-            if model.device:
-                model.device.check_owns(model.info.layers, is_hybrid=llama_cpp.llama_model_is_hybrid(model.handle))
-        except GearError:
-            self.close()
-            raise
+        super().__init__(model, params, spec.label)
+        self._batch = Batch(settings.n_ubatch)
 
-    def close(self) -> None:
-        """Free the context."""
-        llama_cpp.llama_batch_free(self._batch)
-        llama_cpp.llama_free(self.handle)
-
-    def clear(self) -> None:
-        """Forget the sequence."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.handle), True)
-
-    def decode(self, tokens: I32, first: int, scored: npt.NDArray[np.int64]) -> F32:
+    def score(self, tokens: I32, first: int, scored: npt.NDArray[np.int64]) -> F32:
         """Continue the sequence.
 
         Args:
@@ -320,18 +229,10 @@ class _Context:
         Returns:
             Logits [n scored, n_vocab], valid until the next call.
         """
-        n = len(tokens)
-        self._batch.n_tokens = n
-        self._token[:n] = tokens
-        self._position[:n] = np.arange(first, first + n)
-        self._wants_logits[:n] = 0
-        self._wants_logits[scored - first] = 1
-        status = llama_cpp.llama_decode(self.handle, self._batch)
-        if status:
-            raise self.model.failure(GearError(f"{self.spec.label}: llama_decode failed with {status} at position {first}; -v shows llama.cpp's log"))
-        if not len(scored):
-            return np.empty((0, self.model.n_vocab), np.float32)
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.handle), (len(scored), self.model.n_vocab))
+        self._batch.clear()
+        self._batch.add(0, first, tokens, logits=scored - first)
+        self.decode(self._batch)
+        logits = self.logits(len(scored))
         if np.isnan(logits).any():
             raise GearError(f"{self.spec.label}: the model's logits are not numbers at positions from {first} on; is the model file whole?")
         return logits
@@ -479,14 +380,14 @@ class Measurement:
         n_total = len(self._passes) * self.chunks.size
         # A GEAR cache is on the CPU, so what it is held against has to be computed there as well.
         n_gpu_layers = 0 if any(spec.kv_type.gear for spec in self._specs) else -1
-        with closing(_Model(self.info, model_params(self.info.path, F16, n_gpu_layers=n_gpu_layers)[0])) as f16:
+        with closing(Model(self.info, model_params(self.info.path, F16, n_gpu_layers=n_gpu_layers)[0])) as f16:
             for i, specs in enumerate(self._passes):
                 labels = ("f16", *(spec.label for spec in specs))
                 yield Step(i * self.chunks.size, n_total, labels)
                 for n_read in self._run_pass(f16, specs, is_first=i == 0):
                     yield Step(i * self.chunks.size + n_read, n_total, labels)
 
-    def _run_pass(self, f16: _Model, specs: Sequence[CacheSpec], is_first: bool) -> Iterator[int]:
+    def _run_pass(self, f16: Model, specs: Sequence[CacheSpec], is_first: bool) -> Iterator[int]:
         """Read the text once with f16 and some caches; yields the tokens read so far."""
         settings = self.settings
         # f16 reads the text in every pass and is counted in the first one only.
@@ -505,12 +406,12 @@ class Measurement:
                 for line in lines:
                     self._check_packed(line)
 
-    def _load(self, spec: CacheSpec, opened: ExitStack) -> _Model:
+    def _load(self, spec: CacheSpec, opened: ExitStack) -> Model:
         """The model on a GEAR device of its own, both closed with the stack."""
         params, device = model_params(self.info.path, spec.kv_type, n_ubatch=self.settings.n_ubatch)
         assert device
         opened.enter_context(closing(device))
-        return opened.enter_context(closing(_Model(self.info, params, device)))
+        return opened.enter_context(closing(Model(self.info, params, device)))
 
     def _score(self, contexts: Sequence[_Context], lines: Sequence[_Line], chunk: I32, first: int) -> None:
         """Let every cache read an ubatch and hold its predictions against f16's."""
@@ -518,7 +419,7 @@ class Measurement:
         end = first + len(tokens)
         scored = self.settings.scored
         positions = np.arange(max(first, scored.start), max(scored.start, min(end, scored.stop)))
-        logits = [context.decode(tokens, first, positions) for context in contexts]
+        logits = [context.score(tokens, first, positions) for context in contexts]
         if not len(positions):
             return
         tallies = [line.tally for line in lines]
@@ -538,13 +439,13 @@ class Measurement:
             )
 
     def _read(self, text: bytes) -> I32:
-        with closing(_Model(self.info, model_params(self.info.path, F16, vocab_only=True)[0])) as vocabulary:
+        with closing(Model(self.info, model_params(self.info.path, F16, vocab_only=True)[0])) as vocabulary:
             if self.settings.like_llama and llama_cpp.llama_vocab_get_add_eos(vocabulary.vocab):
                 raise ConfigError("llama-perplexity refuses models that end a text with EOS, as this one does: leave --like-llama-perplexity out")
             return split_chunks(vocabulary.tokenize(text), self.settings, vocabulary.bos())
 
     def _record(self, model: str | os.PathLike[str], text: str | os.PathLike[str]) -> Recorder:
-        from .reference import record
+        from .calibration import record
 
         if not self._recorder:
             self._recorder = record(model, text, n_threads=self.settings.n_threads)

@@ -1,0 +1,1 @@
+"""Models with a GEAR cache: `Llama`, llama.cpp's low-level API, batches, sessions and prompt caches."""

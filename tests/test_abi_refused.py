@@ -65,7 +65,7 @@ def test_another_layout_is_refused(source: str, reason: str, tmp_path: Path) -> 
     message = refused(tmp_path, f'const char * ggml_version(void) {{ return "9.9.9"; }}\n{source}')
     assert reason in message
     assert "version 9.9.9" in message
-    assert "Tested with llama-cpp-python" in message
+    assert "Tested with ggml 0.15.3 to 0.26.0" in message
 
 
 def test_a_library_without_ggml_is_refused(tmp_path: Path) -> None:
@@ -78,5 +78,5 @@ def test_a_ggml_that_lacks_functions_is_refused(tmp_path: Path) -> None:
     """As a release before those that have everything would be: the message names what is missing, after what to do."""
     message = refused(tmp_path, 'void * ggml_init(void) { return NULL; }\nconst char * ggml_version(void) { return "0.1.2"; }', is_linked=False)
     assert "this ggml (version 0.1.2) is not one that gearcpp" in message
-    assert "Install a tested llama-cpp-python" in message
+    assert "Install a tested llama.cpp" in message
     assert "lacks ggml_commit, ggml_op_name" in message

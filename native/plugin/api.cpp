@@ -211,11 +211,12 @@ GEAR_API int ggml_backend_score(void) {
 
 GEAR_API gear::abi::reg * ggml_backend_init(void) {
     static std::mutex    lock;
-    static gear_device * device = nullptr; // lives as long as the process: llama.cpp never gives a registered device back
-    const gear_status    status = gear::guarded([] {
+    static gear_device * device = nullptr;                     // lives as long as the process: llama.cpp never gives a registered device back
+    const void * const   caller = __builtin_return_address(0); // in the ggml that loads this library, also where there are two
+    const gear_status    status = gear::guarded([caller] {
         const std::lock_guard<std::mutex> guard(lock);
+        gear::abi::open(nullptr, caller);
         if (!device) {
-            gear::abi::open(nullptr);
             const gear_device_params params = { gear::config_from_text(getenv("GEARCPP_KV")), nullptr, 0, 0, nullptr, nullptr, nullptr };
             device                          = new gear_device(params);
         }

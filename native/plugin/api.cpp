@@ -46,6 +46,9 @@ void check_layer(const gear_layer & layer) {
     }
 }
 
+std::mutex    plugin_lock;
+gear_device * plugin_device = nullptr; // lives as long as the process: llama.cpp never gives a registered device back
+
 } // namespace
 
 extern "C" {
@@ -210,22 +213,25 @@ GEAR_API int ggml_backend_score(void) {
 }
 
 GEAR_API gear::abi::reg * ggml_backend_init(void) {
-    static std::mutex    lock;
-    static gear_device * device = nullptr;                     // lives as long as the process: llama.cpp never gives a registered device back
-    const void * const   caller = __builtin_return_address(0); // in the ggml that loads this library, also where there are two
-    const gear_status    status = gear::guarded([caller] {
-        const std::lock_guard<std::mutex> guard(lock);
+    const void * const caller = __builtin_return_address(0); // in the ggml that loads this library, also where there are two
+    const gear_status  status = gear::guarded([caller] {
+        const std::lock_guard<std::mutex> guard(plugin_lock);
         gear::abi::open(nullptr, caller);
-        if (!device) {
+        if (!plugin_device) {
             const gear_device_params params = { gear::config_from_text(getenv("GEARCPP_KV")), nullptr, 0, 0, nullptr, nullptr, nullptr };
-            device                          = new gear_device(params);
+            plugin_device                   = new gear_device(params);
         }
     });
     if (status != GEAR_OK) {
         fprintf(stderr, "gearcpp: %s\n", gear_last_error()); // the program has no other way to learn why
         return nullptr;
     }
-    return device->devices.ggml_reg();
+    return plugin_device->devices.ggml_reg();
+}
+
+gear_device * gear_plugin_device(void) {
+    const std::lock_guard<std::mutex> guard(plugin_lock);
+    return plugin_device;
 }
 
 } // extern "C"

@@ -8,6 +8,7 @@
 #include "plugin/device.h"
 #include "plugin/kv_buffer.h"
 #include "plugin/kv_session.h"
+#include "plugin/report.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -108,7 +109,10 @@ struct cuda_tensor final : session_tensor {
 class cuda_buffer {
   public:
     cuda_buffer(cuda_wrapper & wrapper, size_t size) : wrapper_(wrapper), base_(size) { wrapper_.add(this); }
-    ~cuda_buffer() { wrapper_.remove(this); }
+    ~cuda_buffer() {
+        wrapper_.remove(this);
+        report_freed(*this);
+    }
 
     static cuda_buffer * of(const abi::tensor * tensor);
     static cuda_tensor * find(const abi::tensor * tensor); // nullptr: no GEAR tensor

@@ -2,8 +2,10 @@
 
 #include "common/error.h"
 #include "plugin/loaded.h"
+#include "plugin/report.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <dlfcn.h>
 #include <mutex>
@@ -457,6 +459,10 @@ void open(void * libllama, const void * caller) {
         if (library.symbol("ggml_init") == opened_api) {
             kept.push_back(library);
         }
+    }
+    if (is_report_wanted()) {
+        fprintf(stderr, "gearcpp: version %s in ggml %s (commit %s), backend interface %d, %s\n", gear_version(), api.ggml_version(), api.ggml_commit(),
+                api_version, file_at(opened_api).c_str());
     }
 }
 

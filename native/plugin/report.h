@@ -1,4 +1,4 @@
-// report.h - one line on stderr about a KV cache, for who cannot ask gear_device_stats(): programs that load the plugin by GGML_BACKEND_PATH.
+// report.h - lines on stderr about ggml and the KV cache, for who cannot ask: programs that load the plugin by GGML_BACKEND_PATH.
 #pragma once
 
 #include "common/error.h"
@@ -7,7 +7,7 @@
 
 namespace gear {
 
-// GEARCPP_REPORT=1: what each cache held is told when it is freed.
+// GEARCPP_REPORT=1: which ggml was found is told when it is, and what each cache held when it is freed.
 bool is_report_wanted();
 void report(const std::vector<gear_store_stats> & cache);
 

@@ -218,6 +218,10 @@ GEAR_API gear::abi::reg * ggml_backend_init(void) {
         const std::lock_guard<std::mutex> guard(plugin_lock);
         gear::abi::open(nullptr, caller);
         if (!plugin_device) {
+            // Two of the same name would share out the layers of a model, and then its cache.
+            if (gear::abi::ggml().ggml_backend_dev_by_name("GEAR0")) {
+                gear::fail(GEAR_ERROR_INVALID, "another gearcpp is loaded in this process already; load one of them");
+            }
             const gear_device_params params = { gear::config_from_text(getenv("GEARCPP_KV")), nullptr, 0, 0, nullptr, nullptr, nullptr };
             plugin_device                   = new gear_device(params);
         }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from contextlib import ExitStack
 from importlib import resources
@@ -30,13 +31,29 @@ def library_path() -> Path:
     Found through the import system, because an editable install keeps it apart from the Python sources.
 
     Raises:
-        AbiError: it is not there.
+        AbiError: it is not there, or cut off.
     """
     name = "libgearcpp.dylib" if sys.platform == "darwin" else "libgearcpp.so"
     for folder in (resources.files("gearcpp"), *map(Path, sys.modules["gearcpp"].__path__)):
         if (folder / name).is_file():
-            return _files.enter_context(resources.as_file(folder / name))
+            path = _files.enter_context(resources.as_file(folder / name))
+            if _is_cut_off(path):
+                raise AbiError(f"the native library {path} is cut off; install gearcpp again: pip install --force-reinstall --no-deps gearcpp")
+            return path
     raise AbiError(f"the native library {name} is missing from the gearcpp package; install it again: pip install --force-reinstall --no-deps gearcpp")
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a library lacks its end. Of an ELF file that is the table of sections: the system's loader, which does not look, would die of it."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64:
+        return True
+    if header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian
+        return False
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    size, n = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < offset + size * n
 
 
 def _load() -> tuple[Any, Any]:

@@ -39,6 +39,10 @@ bool reports_nominal_sizes() {
     return is("GEARCPP_NOMINAL_SIZE", "1");
 }
 
+bool reports_caches() {
+    return is("GEARCPP_REPORT", "1");
+}
+
 bool ggml_cuda_forks_streams() {
     const char * set = getenv("GGML_CUDA_GRAPH_OPT");
     return set && atoi(set) == 1;

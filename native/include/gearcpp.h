@@ -299,6 +299,8 @@ GEAR_API void *        gear_device_ggml(gear_device * device, int32_t i);
 GEAR_API const char *  gear_device_error(gear_device * device, gear_status * status);
 // Statistics of every store of every live context on this device: writes up to n entries, returns how many there are.
 GEAR_API int32_t       gear_device_stats(gear_device * device, gear_store_stats * stats, int32_t n);
+// The device of a process whose llama.cpp loaded this library as a backend (GGML_BACKEND_PATH, ggml_backend_load); NULL: none did. Not to be freed.
+GEAR_API gear_device * gear_plugin_device(void);
 // Scratch of attention and packing, in bytes, over all contexts of the device.
 GEAR_API int64_t       gear_device_scratch_bytes(gear_device * device);
 

@@ -1,7 +1,11 @@
 #include "plugin/abi.h"
 
 #include "common/error.h"
+#include "plugin/loaded.h"
+#include "plugin/report.h"
 
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <dlfcn.h>
 #include <mutex>
@@ -12,19 +16,20 @@ namespace gear::abi {
 
 namespace {
 
-const char * const tested_releases = "llama-cpp-python 0.3.32 to 0.3.36 (ggml 0.15.3 to 0.25.3)";
+const char * const tested_releases = "ggml 0.15.3 to 0.26.0 (llama-cpp-python 0.3.32 to 0.3.36 and other builds of that time)";
+const char * const what_to_do      = "Install a tested llama.cpp, or a gearcpp that knows this one";
 
-functions api;
-numbers   num;
-void *    opened_api     = nullptr; // address of ggml_init in the ggml that was proved: another address is another ggml
-bool      has_gnu_openmp = false;
+functions          api;
+numbers            num;
+int                api_version    = 0;
+buffer_type_layout buft_layout    = buffer_type_layout::two;
+void *             opened_api     = nullptr; // address of ggml_init in the ggml that was proved: another address is another ggml
+bool               has_gnu_openmp = false;
 
 [[noreturn]] void mismatch(const char * what) {
-    fail(GEAR_ERROR_ABI,
-         "this ggml (version %s, commit %s) is not laid out as gearcpp %s expects: %s. Tested with %s. Install a tested llama-cpp-python, or a gearcpp "
-         "that "
-         "knows this one",
-         api.ggml_version ? api.ggml_version() : "unknown", api.ggml_commit ? api.ggml_commit() : "unknown", gear_version(), what, tested_releases);
+    fail(GEAR_ERROR_ABI, "this ggml (version %s, commit %s) is not laid out as gearcpp %s expects: %s. Tested with %s. %s",
+         api.ggml_version ? api.ggml_version() : "unknown", api.ggml_commit ? api.ggml_commit() : "unknown", gear_version(), what, tested_releases,
+         what_to_do);
 }
 
 void expect(bool ok, const char * what) {
@@ -47,23 +52,37 @@ template <class F> bool is_function(F * function) {
 // Finding ggml
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-// The libraries that are searched: the caller's handle (and what it depends on), else the process, else a ggml that is loaded but not global.
-std::vector<void *> candidates(void * libllama) {
-    if (libllama) {
-        return { libllama };
-    }
-    std::vector<void *> handles = { RTLD_DEFAULT };
-#if defined(__APPLE__)
-    const char * names[] = { "libllama.dylib", "libggml.dylib", "libggml-base.dylib" };
-#else
-    const char * names[] = { "libllama.so", "libllama.so.0", "libggml.so", "libggml.so.0", "libggml-base.so", "libggml-base.so.0" };
-#endif
-    for (const char * name : names) {
-        if (void * handle = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) {
-            handles.push_back(handle);
+// Where the functions of one ggml are found. That may be one library or several (ggml-base, ggml and, loaded one by one, its backends): all that are
+// loaded and lead to the same ggml_init, for a call through any of them ends in the same ggml.
+std::vector<void *> all_of_one_ggml(void * first, const std::vector<loaded_library> & loaded) {
+    std::vector<void *> handles = { first };
+    void * const        init    = dlsym(first, "ggml_init");
+    for (const loaded_library & library : loaded) {
+        if (init && library.symbol("ggml_init") == init) {
+            handles.push_back(library.handle());
         }
     }
     return handles;
+}
+
+// With nothing that leads to one, the only ggml that is there.
+void * only_ggml(const std::vector<loaded_library> & loaded) {
+    std::vector<void *> inits;
+    std::string         files;
+    void *              found = nullptr;
+    for (const loaded_library & library : loaded) {
+        void * const init = library.symbol("ggml_init");
+        if (init && std::find(inits.begin(), inits.end(), init) == inits.end()) {
+            inits.push_back(init);
+            files += (files.empty() ? "" : " and ") + file_at(init);
+            found = library.handle();
+        }
+    }
+    if (inits.size() > 1) {
+        fail(GEAR_ERROR_ABI, "this process has %d copies of ggml (%s), and nothing says which is meant; load only one llama.cpp", (int) inits.size(),
+             files.c_str());
+    }
+    return found;
 }
 
 template <class F> void find(const std::vector<void *> & handles, const char * name, F & function, std::string & missing) {
@@ -76,9 +95,8 @@ template <class F> void find(const std::vector<void *> & handles, const char * n
     missing += missing.empty() ? name : std::string(", ") + name;
 }
 
-void find_functions(void * libllama) {
-    const auto  handles = candidates(libllama);
-    std::string missing;
+void find_functions(const std::vector<void *> & handles) {
+    std::string missing, optional;
     api = {};
 #define FIND(name) find(handles, #name, api.name, missing)
     FIND(ggml_version), FIND(ggml_commit), FIND(ggml_op_name), FIND(ggml_type_name), FIND(ggml_tensor_overhead), FIND(ggml_nbytes);
@@ -95,23 +113,23 @@ void find_functions(void * libllama) {
     FIND(ggml_backend_dev_init), FIND(ggml_backend_dev_buffer_type), FIND(ggml_backend_dev_host_buffer_type), FIND(ggml_backend_dev_supports_op);
     FIND(ggml_backend_dev_supports_buft), FIND(ggml_backend_dev_backend_reg), FIND(ggml_backend_reg_get_proc_address);
     FIND(ggml_backend_dev_by_name), FIND(ggml_backend_dev_by_type);
+    FIND(ggml_backend_reg_name), FIND(ggml_backend_reg_dev_count), FIND(ggml_backend_reg_dev_get);
 #undef FIND
+    find(handles, "ggml_backend_buft_get_alloc_size_n", api.ggml_backend_buft_get_alloc_size_n, optional);
     for (void * handle : handles) {
         const void * symbol = dlsym(handle, "GOMP_parallel"); // LLVM's OpenMP has one, too
         Dl_info      info;
         has_gnu_openmp |= symbol && dladdr(symbol, &info) != 0 && info.dli_fname && strstr(info.dli_fname, "libgomp");
     }
-    if (!missing.empty() && api.ggml_init) {
+    if (!api.ggml_init) {
         fail(GEAR_ERROR_ABI,
-             "this ggml (version %s) is not one that gearcpp %s knows. Tested with %s. Install a tested llama-cpp-python, or a gearcpp that knows this "
-             "one. It lacks %s",
-             api.ggml_version ? api.ggml_version() : "unknown", gear_version(), tested_releases, missing.c_str());
+             "no usable ggml in this process: no library that is loaded exports ggml_init. Import llama_cpp first (llama-cpp-python), or load the plugin "
+             "from a llama.cpp that is a library or exports its functions. Tested with %s",
+             tested_releases);
     }
     if (!missing.empty()) {
-        fail(GEAR_ERROR_ABI,
-             "no usable ggml in this process: %s not found. Import llama_cpp first (llama-cpp-python), or load the plugin from a llama.cpp program. "
-             "Tested with %s",
-             missing.c_str(), tested_releases);
+        fail(GEAR_ERROR_ABI, "this ggml (version %s) is not one that gearcpp %s knows. Tested with %s. %s. It lacks %s",
+             api.ggml_version ? api.ggml_version() : "unknown", gear_version(), tested_releases, what_to_do, missing.c_str());
     }
 }
 
@@ -219,23 +237,89 @@ void prove_device(device * dev) {
            "ggml_backend_dev_props");
 
     reg * owner = dev->owner;
-    expect(owner->version == api_version, "ggml_backend_reg.api_version");
+    api_version = owner->version;
+    expect(api_version > 0 && api_version < 100, "ggml_backend_reg.api_version");
     expect(is_function(owner->iface.get_name) && is_function(owner->iface.get_device_count) && is_function(owner->iface.get_device) &&
                is_function(owner->iface.get_proc_address),
            "ggml_backend_reg_i");
     expect(owner->iface.get_proc_address(owner, "ggml_backend_set_n_threads") ==
                api.ggml_backend_reg_get_proc_address(owner, "ggml_backend_set_n_threads"),
            "ggml_backend_reg_i.get_proc_address");
+    expect(owner->iface.get_name(owner) == api.ggml_backend_reg_name(owner), "ggml_backend_reg_i.get_name");
+
+    // ggml reads ours.
+    static device * const ours  = dev;
+    reg                   mine  = { api_version, {}, nullptr };
+    mine.iface.get_name         = [](reg *) { return "a registry of ours"; };
+    mine.iface.get_device_count = [](reg * r) { return *static_cast<size_t *>(r->context); };
+    mine.iface.get_device       = [](reg *, size_t i) { return i == 1 ? ours : nullptr; };
+    size_t count                = 2;
+    mine.context                = &count;
+    expect(strcmp(api.ggml_backend_reg_name(&mine), "a registry of ours") == 0 && api.ggml_backend_reg_dev_count(&mine) == 2 &&
+               api.ggml_backend_reg_dev_get(&mine, 1) == dev,
+           "ggml_backend_reg");
+}
+
+// What ggml calls in a buffer type of ours.
+namespace called {
+
+constexpr size_t alignment = 64, max_size = 12345, more = 77;
+size_t           allocated = 0;
+
+const char * get_name(buffer_type *) {
+    return "a buffer type of ours";
+}
+buffer * alloc_buffer(buffer_type * type, size_t size) {
+    allocated = context_of(type) == &allocated ? size : 0;
+    return nullptr;
+}
+size_t get_alignment(buffer_type *) {
+    return alignment;
+}
+size_t get_max_size(buffer_type *) {
+    return max_size;
+}
+size_t get_alloc_size(buffer_type *, const tensor * t) {
+    return api.ggml_nbytes(t) + more;
+}
+bool is_host(buffer_type *) {
+    return true;
+}
+
+} // namespace called
+
+void prove_own_buffer_type(context * ctx, device * dev) {
+    const buffer_type_i calls = { called::get_name,     called::alloc_buffer,   called::get_alignment,
+                                  called::get_max_size, called::get_alloc_size, called::is_host };
+    buffer_type         mine  = make_buffer_type(buft_layout, calls, dev, &called::allocated);
+    tensor *            t     = api.ggml_new_tensor_3d(ctx, num.type_f32, 8, 1, 1);
+    expect(strcmp(api.ggml_backend_buft_name(&mine), called::get_name(&mine)) == 0, "ggml_backend_buffer_type_i.get_name");
+    expect(api.ggml_backend_buft_get_alignment(&mine) == called::alignment, "ggml_backend_buffer_type_i.get_alignment");
+    expect(api.ggml_backend_buft_get_max_size(&mine) == called::max_size, "ggml_backend_buffer_type_i.get_max_size");
+    expect(api.ggml_backend_buft_get_alloc_size(&mine, t) == 32 + called::more, "ggml_backend_buffer_type_i.get_alloc_size");
+    expect(api.ggml_backend_buft_is_host(&mine), "ggml_backend_buffer_type_i.is_host");
+    expect(api.ggml_backend_buft_get_device(&mine) == dev, "ggml_backend_buffer_type.device");
+    expect(!api.ggml_backend_buft_alloc_buffer(&mine, 4096) && called::allocated == 4096, "ggml_backend_buffer_type_i.alloc_buffer");
+    if (api.ggml_backend_buft_get_alloc_size_n) { // what memory fitting asks from interface 3 on: the sum of what each tensor takes
+        tensor *     two[] = { t, api.ggml_new_tensor_3d(ctx, num.type_f32, 8, 1, 1) };
+        const size_t each  = (32 + called::more + called::alignment - 1) / called::alignment * called::alignment;
+        expect(api.ggml_backend_buft_get_alloc_size_n(&mine, two, 2) == 2 * each, "ggml_backend_buffer_type_i.get_alloc_size_n");
+    }
 }
 
 void prove_buffer(context * ctx, device * dev) {
-    buffer_type *         buft  = api.ggml_backend_dev_buffer_type(dev);
-    const buffer_type_i & iface = buft->iface;
-    expect(is_function(iface.get_name) && is_function(iface.alloc_buffer) && is_function(iface.get_alignment), "ggml_backend_buffer_type_i");
-    expect(buft->dev == api.ggml_backend_buft_get_device(buft), "ggml_backend_buffer_type.device");
+    buffer_type * buft = api.ggml_backend_dev_buffer_type(dev);
+    expect(find_layout(api.ggml_backend_buft_get_device, buft_layout), "ggml_backend_buffer_type.device");
+    const buffer_type_i iface = functions_of(buft_layout, buft);
+    expect(is_function(iface.get_name) && is_function(iface.alloc_buffer) && is_function(iface.get_alignment) &&
+               (!iface.is_host || is_function(iface.is_host)),
+           "ggml_backend_buffer_type_i");
+    expect((buft_layout == buffer_type_layout::three) == (api.ggml_backend_buft_get_alloc_size_n != nullptr),
+           "ggml_backend_buffer_type_i.get_alloc_size_n");
     expect(iface.get_name(buft) == api.ggml_backend_buft_name(buft), "ggml_backend_buffer_type_i.get_name");
     expect(iface.get_alignment(buft) == api.ggml_backend_buft_get_alignment(buft), "ggml_backend_buffer_type_i.get_alignment");
     expect((iface.is_host && iface.is_host(buft)) == api.ggml_backend_buft_is_host(buft), "ggml_backend_buffer_type_i.is_host");
+    prove_own_buffer_type(ctx, dev);
 
     buffer * buf = api.ggml_backend_buft_alloc_buffer(buft, 4096);
     if (!buf) {
@@ -351,18 +435,35 @@ std::mutex & lock() {
 
 } // namespace
 
-void open(void * libllama) {
+void open(void * libllama, const void * caller) {
     std::lock_guard<std::mutex> guard(lock());
+    const loaded_library        from  = libllama ? loaded_library() : library_at(caller);
+    void *                      first = libllama ? libllama : from.symbol("ggml_init") ? from.handle() : nullptr;
     if (opened_api) {
-        void * symbol = libllama ? dlsym(libllama, "ggml_init") : opened_api;
-        if (symbol != opened_api) {
-            fail(GEAR_ERROR_ABI, "this process has two copies of ggml, and gearcpp is already bound to the other one; load only one llama.cpp");
+        void * const asks = first ? dlsym(first, "ggml_init") : opened_api;
+        if (asks != opened_api) {
+            fail(GEAR_ERROR_ABI,
+                 "this process has two copies of ggml: gearcpp is bound to that of %s, and %s asks with another; load only one llama.cpp in a process",
+                 file_at(opened_api).c_str(), asks ? file_at(asks).c_str() : "a library without ggml");
         }
         return;
     }
-    find_functions(libllama);
+    const std::vector<loaded_library> loaded = loaded_libraries();
+    first                                    = first ? first : only_ggml(loaded);
+    find_functions(first ? all_of_one_ggml(first, loaded) : std::vector<void *>());
     prove();
     memcpy(&opened_api, &api.ggml_init, sizeof opened_api);
+    // As long as the process lives, there are pointers into ggml here: it must not be unloaded, not at the end either, when others still use it.
+    static auto & kept = *new std::vector<loaded_library>;
+    for (const loaded_library & library : loaded) {
+        if (library.symbol("ggml_init") == opened_api) {
+            kept.push_back(library);
+        }
+    }
+    if (is_report_wanted()) {
+        fprintf(stderr, "gearcpp: version %s in ggml %s (commit %s), backend interface %d, %s\n", gear_version(), api.ggml_version(), api.ggml_commit(),
+                api_version, file_at(opened_api).c_str());
+    }
 }
 
 bool uses_gnu_openmp() {
@@ -379,6 +480,18 @@ const functions & ggml() {
 
 const numbers & number() {
     return num;
+}
+
+int version() {
+    return api_version;
+}
+
+buffer_type_layout layout() {
+    return buft_layout;
+}
+
+void * context_of(const buffer_type * type) {
+    return buft_layout == buffer_type_layout::two ? type->two.context : type->three.context;
 }
 
 } // namespace gear::abi

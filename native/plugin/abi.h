@@ -1,9 +1,11 @@
 // abi.h - the part of ggml's binary interface that the plugin uses, declared here so that no source of llama.cpp is needed to build it.
 //
-// The structures follow the facts of ggml's ggml.h, ggml-impl.h and ggml-backend-impl.h (GGML_BACKEND_API_VERSION 2; the same from ggml 0.15.1 to
-// 0.25.3 but for op numbers and the last member of backend_i). Nothing of it is trusted: open() looks the functions up by name in the libraries that the
-// process has loaded, takes op and type numbers from tensors that ggml itself makes, and compares every member that the plugin reads or writes with what
-// ggml's public functions say, before anything runs. native/plugin/abi.cpp has the proof.
+// The structures follow the facts of ggml's ggml.h, ggml-impl.h and ggml-backend-impl.h (GGML_BACKEND_API_VERSION 2 and 3: ggml 0.15.1 to 0.26.0). What
+// differs between those: op numbers, the last member of backend_i, and from 0.26 on two more members of the buffer type's table, which is written in the
+// layout of the ggml in the process. Nothing of it is trusted: open() looks the functions up by name in the libraries that the process has loaded, takes
+// op and type numbers from tensors that ggml itself makes, and compares every member that the plugin reads or writes with what ggml's public functions
+// say, before anything runs. So a later version is taken when it passes, and our registries say the version that ggml's own say.
+// native/plugin/abi.cpp has the proof.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +17,6 @@ constexpr int max_dims      = 4;
 constexpr int max_src       = 10;
 constexpr int max_op_params = 16; // int32
 constexpr int max_name      = 64;
-constexpr int api_version   = 2;
 
 struct buffer;
 struct buffer_type;
@@ -62,6 +63,7 @@ struct cgraph {
     uint64_t  uid;
 };
 
+// What a buffer type does. All but get_max_size, get_alloc_size and is_host have to be there.
 struct buffer_type_i {
     const char * (*get_name)(buffer_type *);
     buffer * (*alloc_buffer)(buffer_type *, size_t size);
@@ -71,11 +73,63 @@ struct buffer_type_i {
     bool (*is_host)(buffer_type *);
 };
 
-struct buffer_type {
+// A buffer type in interface 2.
+struct buffer_type_2 {
     buffer_type_i iface;
     abi::device * dev;
     void *        context;
 };
+
+// In interface 3 it may take lists of tensors besides. Where it does not, ggml asks for one tensor after the other: all that we need.
+struct buffer_type_3 {
+    const char * (*get_name)(buffer_type *);
+    buffer * (*alloc_buffer)(buffer_type *, size_t size);
+    buffer * (*alloc_buffer_n)(buffer_type *, tensor **, int n);
+    size_t (*get_alignment)(buffer_type *);
+    size_t (*get_max_size)(buffer_type *);
+    size_t (*get_alloc_size)(buffer_type *, const tensor *);
+    size_t (*get_alloc_size_n)(buffer_type *, tensor **, int n);
+    bool (*is_host)(buffer_type *);
+    abi::device * dev;
+    void *        context;
+};
+
+enum class buffer_type_layout { two, three };
+
+// Either: which one, abi::layout() says. One of ggml's may be no longer than its layout is.
+struct buffer_type {
+    union {
+        buffer_type_2 two;
+        buffer_type_3 three;
+    };
+};
+
+// The layout that ggml reads: where it finds the device, which is behind the table, says how long that is. false: neither.
+inline bool find_layout(device * (*get_device)(buffer_type *), buffer_type_layout & layout) {
+    void * places[16];
+    for (void *& place : places) {
+        place = &place; // a value of its own, which nothing but this looks at
+    }
+    const void * const found = get_device(reinterpret_cast<buffer_type *>(places));
+    layout                   = found == places + offsetof(buffer_type_2, dev) / sizeof(void *) ? buffer_type_layout::two : buffer_type_layout::three;
+    return layout == buffer_type_layout::two || found == places + offsetof(buffer_type_3, dev) / sizeof(void *);
+}
+
+inline buffer_type_i functions_of(buffer_type_layout layout, const buffer_type * type) {
+    const buffer_type_3 & t = type->three;
+    return layout == buffer_type_layout::two ? type->two.iface
+                                             : buffer_type_i{ t.get_name, t.alloc_buffer, t.get_alignment, t.get_max_size, t.get_alloc_size, t.is_host };
+}
+
+inline buffer_type make_buffer_type(buffer_type_layout layout, const buffer_type_i & f, device * dev, void * context) {
+    buffer_type type = {};
+    if (layout == buffer_type_layout::two) {
+        type.two = { f, dev, context };
+    } else {
+        type.three = { f.get_name, f.alloc_buffer, nullptr, f.get_alignment, f.get_max_size, f.get_alloc_size, nullptr, f.is_host, dev, context };
+    }
+    return type;
+}
 
 struct buffer_i {
     void (*free_buffer)(buffer *);
@@ -264,6 +318,12 @@ struct functions {
     void * (*ggml_backend_reg_get_proc_address)(reg *, const char *);
     device * (*ggml_backend_dev_by_name)(const char *);
     device * (*ggml_backend_dev_by_type)(int);
+    const char * (*ggml_backend_reg_name)(reg *);
+    size_t (*ggml_backend_reg_dev_count)(reg *);
+    device * (*ggml_backend_reg_dev_get)(reg *, size_t);
+
+    // Not in every release: nullptr.
+    size_t (*ggml_backend_buft_get_alloc_size_n)(buffer_type *, tensor **, int n);
 };
 
 // Numbers of ops and types, which move between releases.
@@ -273,12 +333,21 @@ struct numbers {
 };
 
 // Find ggml and prove the layout, once per process. Throws gear::error (GEAR_ERROR_ABI) naming the ggml version found and those tested.
-void open(void * libllama);
+//   libllama  a handle of dlopen that leads to the ggml that is meant, or nullptr
+//   caller    an address in the ggml that is meant, as of who called, or nullptr. With neither there has to be one ggml in the process.
+void open(void * libllama, const void * caller = nullptr);
 // ggml's threads are those of GNU OpenMP, which hang in a child that is forked after several of them have run.
 bool uses_gnu_openmp();
 bool is_open();
 
 const functions & ggml();
 const numbers &   number();
+
+// Of the ggml that was proved: its GGML_BACKEND_API_VERSION, which our registries have to say, and how its buffer types are laid out.
+int                version();
+buffer_type_layout layout();
+
+// The context of a buffer type in that layout.
+void * context_of(const buffer_type * type);
 
 } // namespace gear::abi

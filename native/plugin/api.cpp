@@ -46,6 +46,9 @@ void check_layer(const gear_layer & layer) {
     }
 }
 
+std::mutex    plugin_lock;
+gear_device * plugin_device = nullptr; // lives as long as the process: llama.cpp never gives a registered device back
+
 } // namespace
 
 extern "C" {
@@ -211,21 +214,29 @@ GEAR_API int ggml_backend_score(void) {
 }
 
 GEAR_API gear::abi::reg * ggml_backend_init(void) {
-    static std::mutex    lock;
-    static gear_device * device = nullptr; // lives as long as the process: llama.cpp never gives a registered device back
-    const gear_status    status = gear::guarded([] {
-        const std::lock_guard<std::mutex> guard(lock);
-        if (!device) {
-            gear::abi::open(nullptr);
+    const void * const caller = __builtin_return_address(0); // in the ggml that loads this library, also where there are two
+    const gear_status  status = gear::guarded([caller] {
+        const std::lock_guard<std::mutex> guard(plugin_lock);
+        gear::abi::open(nullptr, caller);
+        if (!plugin_device) {
+            // Two of the same name would share out the layers of a model, and then its cache.
+            if (gear::abi::ggml().ggml_backend_dev_by_name("GEAR0")) {
+                gear::fail(GEAR_ERROR_INVALID, "another gearcpp is loaded in this process already; load one of them");
+            }
             const gear_device_params params = { gear::config_from_text(gear::settings::kv_type()), nullptr, 0, 0, nullptr, nullptr, nullptr };
-            device                          = new gear_device(params);
+            plugin_device                   = new gear_device(params);
         }
     });
     if (status != GEAR_OK) {
         fprintf(stderr, "gearcpp: %s\n", gear_last_error()); // the program has no other way to learn why
         return nullptr;
     }
-    return device->devices.ggml_reg();
+    return plugin_device->devices.ggml_reg();
+}
+
+gear_device * gear_plugin_device(void) {
+    const std::lock_guard<std::mutex> guard(plugin_lock);
+    return plugin_device;
 }
 
 } // extern "C"

@@ -21,7 +21,7 @@ namespace gear {
 
 struct device_tables {
     static kv_device & of(abi::device * device) { return kv_device::of(device); }
-    static kv_device & of(abi::buffer_type * type) { return *static_cast<kv_device *>(type->context); }
+    static kv_device & of(abi::buffer_type * type) { return *static_cast<kv_device *>(abi::context_of(type)); }
     static kv_device & of(abi::reg * reg) { return *static_cast<kv_device *>(reg->context); }
 
     // device
@@ -178,8 +178,9 @@ kv_device::kv_device(const gear_device_params & params, abi::device * inner, int
     device_.iface.supports_buft   = tables::supports_buft;
     device_.owner                 = &reg_;
     device_.context               = this;
-    reg_                          = { abi::api_version, { tables::reg_name, tables::device_count, tables::device_at, tables::proc_address }, this };
-    type_    = { { tables::type_name, tables::alloc, tables::alignment, tables::max_size, tables::alloc_size, tables::is_host }, &device_, this };
+    reg_                          = { abi::version(), { tables::reg_name, tables::device_count, tables::device_at, tables::proc_address }, this };
+    type_                         = abi::make_buffer_type(
+        abi::layout(), { tables::type_name, tables::alloc, tables::alignment, tables::max_size, tables::alloc_size, tables::is_host }, &device_, this);
     kv_type_ = type_;
 }
 

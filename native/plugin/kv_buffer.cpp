@@ -4,6 +4,7 @@
 #include "plugin/cache_bytes.h"
 #include "plugin/device.h"
 #include "plugin/kv_session.h"
+#include "plugin/report.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -165,6 +166,7 @@ kv_buffer::kv_buffer(kv_device & device, size_t size) : device_(device), base_(s
 
 kv_buffer::~kv_buffer() {
     device_.remove(this);
+    report_freed(*this);
 }
 
 void kv_buffer::add(abi::tensor * tensor) {

@@ -53,7 +53,7 @@ kv_devices::kv_devices(const gear_device_params & params) {
         fail(GEAR_ERROR_INVALID, "device is empty: name ggml's devices, as in \"CUDA0,CUDA1\", or leave it NULL");
     }
     // Each device has a registry of its own besides, which ggml asks for functions: those of a CPU and of a GPU are not the same.
-    reg_                        = { abi::api_version, {}, this };
+    reg_                        = { abi::version(), {}, this };
     reg_.iface.get_name         = [](abi::reg *) { return "GEAR"; };
     reg_.iface.get_device_count = [](abi::reg * reg) { return self(reg).size(); };
     reg_.iface.get_device       = [](abi::reg * reg, size_t i) { return self(reg)[i].ggml_device(); };

@@ -59,6 +59,23 @@ gpu & of(abi::device * device) {
     return *static_cast<gpu *>(device->context);
 }
 
+// The layout of buffer types in this ggml.
+abi::buffer_type_layout layout() {
+    static const abi::buffer_type_layout found = [] {
+        abi::buffer_type_layout layout;
+        if (!abi::find_layout(ggml<abi::device * (*)(abi::buffer_type *)>("ggml_backend_buft_get_device"), layout)) {
+            fprintf(stderr, "cuda_emulated: buffer types are laid out in another way\n");
+            abort();
+        }
+        return layout;
+    }();
+    return found;
+}
+
+gpu & of(abi::buffer_type * type) {
+    return *static_cast<gpu *>(layout() == abi::buffer_type_layout::two ? type->two.context : type->three.context);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Buffers
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -83,7 +100,7 @@ bool copy_tensor(abi::buffer *, const abi::tensor * from, abi::tensor * to) {
 
 abi::buffer * alloc_buffer(abi::buffer_type * type, size_t size) {
     void * at = nullptr;
-    if (allocate_on(static_cast<gpu *>(type->context)->number, &at, size) != ok) {
+    if (allocate_on(of(type).number, &at, size) != ok) {
         return nullptr;
     }
     abi::buffer_i iface = {};
@@ -197,14 +214,15 @@ void make_gpu(size_t bytes) {
     g.device.owner   = &registry;
     g.device.context = &g;
 
-    g.type.iface.get_name      = [](abi::buffer_type * type) { return static_cast<gpu *>(type->context)->name.c_str(); };
-    g.type.iface.alloc_buffer  = alloc_buffer;
-    g.type.iface.get_alignment = [](abi::buffer_type *) { return (size_t) 128; };
-    g.type.dev                 = &g.device;
-    g.type.context             = &g;
+    abi::buffer_type_i calls = {};
+    calls.get_name           = [](abi::buffer_type * type) { return of(type).name.c_str(); };
+    calls.alloc_buffer       = alloc_buffer;
+    calls.get_alignment      = [](abi::buffer_type *) { return (size_t) 128; };
+    g.type                   = abi::make_buffer_type(layout(), calls, &g.device, &g);
 }
 
 void register_gpus() {
+    cpu                = ggml<abi::device * (*)(int)>("ggml_backend_dev_by_type")(abi::device_cpu);
     const char * sizes = getenv("GEARCPP_EMULATED_GPUS");
     for (const char * at = sizes && *sizes ? sizes : "4000"; *at; at += *at == ',') {
         char * end = nullptr;
@@ -215,8 +233,7 @@ void register_gpus() {
     cuda_on_cpu::order_is_fixed()   = order && strcmp(order, "fixed") == 0;
     guards()                        = true;
     n_device()                      = (int) gpus.size();
-    cpu                             = ggml<abi::device * (*)(int)>("ggml_backend_dev_by_type")(abi::device_cpu);
-    registry.version                = abi::api_version;
+    registry.version                = cpu->owner->version;
     registry.iface.get_name         = [](abi::reg *) { return "CUDA"; };
     registry.iface.get_device_count = [](abi::reg *) { return gpus.size(); };
     registry.iface.get_device       = [](abi::reg *, size_t i) { return &gpus[i]->device; };

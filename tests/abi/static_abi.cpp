@@ -1,5 +1,5 @@
-// Compile-time comparison of native/plugin/abi.h with the real headers of a llama.cpp tree (tests/test_abi.py compiles it when it is given one). At run time
-// abi::open proves the same without headers; this says which member is wrong when a new release moves something.
+// Compile-time comparison of native/plugin/abi.h with the real headers of a llama.cpp tree (tests/test_abi.py compiles it when it is given one). At run
+// time abi::open proves the same without headers; this says which member is wrong when a new release moves something.
 
 #include "plugin/abi.h"
 
@@ -11,7 +11,7 @@
 
 namespace abi = gear::abi;
 
-#define SAME_SIZE(ours, theirs)              static_assert(sizeof(abi::ours) == sizeof(theirs), "size of " #theirs)
+#define SAME_SIZE(ours, theirs) static_assert(sizeof(abi::ours) == sizeof(theirs), "size of " #theirs)
 #define SAME_PLACE(ours, member, theirs, tm) static_assert(offsetof(abi::ours, member) == offsetof(theirs, tm), "place of " #theirs "." #tm)
 
 SAME_SIZE(tensor, ggml_tensor);
@@ -39,11 +39,26 @@ SAME_PLACE(cgraph, use_counts, ggml_cgraph, use_counts);
 SAME_PLACE(cgraph, visited, ggml_cgraph, visited_hash_set);
 SAME_PLACE(cgraph, uid, ggml_cgraph, uid);
 
+#if GGML_BACKEND_API_VERSION == 2
+SAME_SIZE(buffer_type_2, ggml_backend_buffer_type);
+SAME_PLACE(buffer_type_2, dev, ggml_backend_buffer_type, device);
+SAME_PLACE(buffer_type_2, context, ggml_backend_buffer_type, context);
 SAME_SIZE(buffer_type_i, ggml_backend_buffer_type_i);
 SAME_PLACE(buffer_type_i, alloc_buffer, ggml_backend_buffer_type_i, alloc_buffer);
 SAME_PLACE(buffer_type_i, get_alloc_size, ggml_backend_buffer_type_i, get_alloc_size);
 SAME_PLACE(buffer_type_i, is_host, ggml_backend_buffer_type_i, is_host);
-SAME_SIZE(buffer_type, ggml_backend_buffer_type);
+#else
+SAME_SIZE(buffer_type_3, ggml_backend_buffer_type);
+SAME_PLACE(buffer_type_3, dev, ggml_backend_buffer_type, device);
+SAME_PLACE(buffer_type_3, context, ggml_backend_buffer_type, context);
+SAME_PLACE(buffer_type_3, alloc_buffer, ggml_backend_buffer_type_i, alloc_buffer);
+SAME_PLACE(buffer_type_3, alloc_buffer_n, ggml_backend_buffer_type_i, alloc_buffer_n);
+SAME_PLACE(buffer_type_3, get_alignment, ggml_backend_buffer_type_i, get_alignment);
+SAME_PLACE(buffer_type_3, get_max_size, ggml_backend_buffer_type_i, get_max_size);
+SAME_PLACE(buffer_type_3, get_alloc_size, ggml_backend_buffer_type_i, get_alloc_size);
+SAME_PLACE(buffer_type_3, get_alloc_size_n, ggml_backend_buffer_type_i, get_alloc_size_n);
+SAME_PLACE(buffer_type_3, is_host, ggml_backend_buffer_type_i, is_host);
+#endif
 
 SAME_SIZE(buffer_i, ggml_backend_buffer_i);
 SAME_PLACE(buffer_i, init_tensor, ggml_backend_buffer_i, init_tensor);
@@ -81,7 +96,7 @@ SAME_SIZE(reg_i, ggml_backend_reg_i);
 SAME_SIZE(reg, ggml_backend_reg);
 SAME_SIZE(init_params, ggml_init_params);
 
-static_assert(abi::api_version == GGML_BACKEND_API_VERSION, "GGML_BACKEND_API_VERSION");
+static_assert(GGML_BACKEND_API_VERSION == 2 || GGML_BACKEND_API_VERSION == 3, "GGML_BACKEND_API_VERSION");
 static_assert((int) abi::device_cpu == GGML_BACKEND_DEVICE_TYPE_CPU && (int) abi::device_igpu == GGML_BACKEND_DEVICE_TYPE_IGPU, "device types");
 static_assert((int) abi::graph_failed == GGML_STATUS_FAILED && (int) abi::graph_success == GGML_STATUS_SUCCESS, "ggml_status");
 static_assert((int) abi::usage_compute == GGML_BACKEND_BUFFER_USAGE_COMPUTE, "buffer usage");

@@ -1,0 +1,134 @@
+"""GEAR in llama.cpps of other people's making, as they come: those that install in seconds, with the bundled model.
+
+benchmarks/prebuilt_builds.py has the rest, and a real model. A build that cannot be installed here (no network, no node) is skipped with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+INTERFACE_2, INTERFACE_3, NODE = "xllamacpp==2026.9.11063", "xllamacpp==2026.10.11549", "node-llama-cpp==3.22.1"
+
+
+@pytest.fixture(scope="module")
+def builds() -> ModuleType:
+    if not (BENCHMARKS / "prebuilt_builds.py").exists():
+        pytest.skip("benchmarks/ is not here (it is in the repository)")
+    sys.path.insert(0, str(BENCHMARKS))
+    import prebuilt_builds
+
+    return prebuilt_builds
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where builds are installed, once for all tests."""
+    return tmp_path_factory.mktemp("builds")
+
+
+@pytest.mark.parametrize(("build", "interface"), [(INTERFACE_2, "2"), (INTERFACE_3, "3"), (NODE, "2")])
+def test_the_cache_of_a_prebuilt_llama_cpp_is_gear(build: str, interface: str, builds: ModuleType, work: Path, bundled_model: Path) -> None:
+    options = argparse.Namespace(model=bundled_model, threads=1)
+    row = builds.examine(build, options, work, builds.texts_of(4000))
+    if row.verdict == "not run":
+        pytest.skip(f"{build}: {row.reason}")
+    assert row.verdict == "ran", row.reason
+    assert row.interface == interface
+    assert row.cache.startswith("12 of 12 tensors")
+    agrees, length = (int(word) for word in row.text.split(" characters")[0].split(" of "))
+    assert agrees > length / 4, row.text  # a model of six million parameters soon comes to words that are as likely as others
+
+
+# In one process: the first that asks has the plugin, the other is told so and goes on without.
+TWO_LLAMA_CPPS = """
+import sys
+import llama_cpp, xllamacpp
+import gearcpp, gearcpp.xllamacpp
+model, first = sys.argv[1:]
+
+def ask_llama_cpp():
+    llm = gearcpp.Llama(model, n_ctx=64, n_threads=1, verbose=False)
+    print("llama_cpp", llm.create_completion("The", max_tokens=1)["usage"]["completion_tokens"])
+
+def ask_xllamacpp():
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.port, params.warmup = model, 256, 1, 0, False
+    params.cpuparams.n_threads = 1
+    server = xllamacpp.Server(gearcpp.xllamacpp.use(params))
+    usage = server.handle_completions({"prompt": "The", "n_predict": 1})["usage"]
+    print("xllamacpp", usage["completion_tokens"], len(gearcpp.xllamacpp.kv_stats()["layers"]))
+
+both = [ask_llama_cpp, ask_xllamacpp]
+for ask in both if first == "llama_cpp" else both[::-1]:
+    try:
+        ask()
+    except gearcpp.AbiError as error:
+        print("refused:", error)
+llm = llama_cpp.Llama(model, n_ctx=64, n_threads=1, verbose=False)
+print("goes on", llm.create_completion("The", max_tokens=1)["usage"]["completion_tokens"])
+"""
+
+
+@pytest.mark.parametrize("first", ["llama_cpp", "xllamacpp"])
+@pytest.mark.parametrize("build", [INTERFACE_2, INTERFACE_3])
+def test_the_second_of_two_llama_cpps_in_a_process_is_refused(build: str, first: str, builds: ModuleType, work: Path, bundled_model: Path) -> None:
+    installed = builds.Xllamacpp(build.split("==")[1], work, argparse.Namespace())
+    try:
+        installed.install()
+    except builds.NotInstalledError as error:
+        pytest.skip(f"{build}: {error}")
+    status, stdout, stderr = builds.call(
+        [sys.executable, "-c", TWO_LLAMA_CPPS, str(bundled_model), first], folder=work, environment={"PYTHONPATH": str(installed.folder)}
+    )
+    assert status == 0, stderr
+    lines = stdout.splitlines()
+    assert lines[0] == {"llama_cpp": "llama_cpp 1", "xllamacpp": "xllamacpp 1 12"}[first]
+    assert lines[1].startswith("refused: ") and "two copies of ggml" in lines[1]
+    assert lines[2] == "goes on 1"
+
+
+def test_what_contradicts_gear_is_an_error_in_xllamacpp(builds: ModuleType, work: Path) -> None:
+    installed = builds.Xllamacpp(INTERFACE_3.split("==")[1], work, argparse.Namespace())
+    try:
+        installed.install()
+    except builds.NotInstalledError as error:
+        pytest.skip(f"{INTERFACE_3}: {error}")
+    source = """
+import sys, xllamacpp, gearcpp, gearcpp.xllamacpp as gear
+assert "llama_cpp" not in sys.modules
+def refused(**settings):
+    params = xllamacpp.CommonParams()
+    kv_type = settings.pop("kv_type", "gear")
+    for name, value in settings.items():
+        setattr(params, name, value)
+    try:
+        gear.use(params, kv_type)
+    except gearcpp.ConfigError as error:
+        print(error)
+refused(kv_type="q8_0")
+refused(cache_type_k=xllamacpp.ggml_type.GGML_TYPE_Q8_0)
+refused(no_kv_offload=True)
+gear.use(xllamacpp.CommonParams(), "gear")
+gear.use(xllamacpp.CommonParams(), "gear4")
+refused(kv_type="gear2")
+try:
+    gear.use(None)
+except gearcpp.ConfigError as error:
+    print(error)
+assert "llama_cpp" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", source], env={"PYTHONPATH": str(installed.folder)}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    kind, type_k, offload, other, params = result.stdout.splitlines()
+    assert "is not a cache of the plugin's" in kind
+    assert "cache_type_k must stay at f16" in type_k
+    assert "no_kv_offload must stay False" in offload
+    assert "has kv_type 'gear' already" in other
+    assert "must be an xllamacpp.CommonParams, not NoneType" in params

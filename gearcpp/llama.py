@@ -16,7 +16,7 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 
-from . import _native, kv_stats, sessions
+from . import _native, free_cells, kv_stats, sessions
 from ._arguments import parent_arguments
 from ._llama_log import LlamaLog
 from ._placement import Placement, place
@@ -91,6 +91,7 @@ class Llama(llama_cpp.Llama):
             try:
                 super().__init__(**arguments)
                 if self._device:
+                    free_cells.TellingContext.of(self._ctx, self._device)
                     self._device.check_owns(self.info.layers, is_hybrid=llama_cpp.llama_model_is_hybrid(self.model))
             except BaseException as error:
                 failure = self._explain_construction(error, log.reason)
@@ -157,6 +158,12 @@ class Llama(llama_cpp.Llama):
                 raise failure from failure.__cause__ or error
             raise
 
+    def reset(self) -> None:
+        """Empty the context. What a GEAR cache held leaves no trace in later answers."""
+        super().reset()
+        if self._device and self._ctx.memory is not None:
+            self._ctx.kv_cache_clear()
+
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens, as in llama_cpp.Llama; a failing cache raises its own error."""
         with self._explained():
@@ -213,7 +220,7 @@ class Llama(llama_cpp.Llama):
         if not memory or not llama_cpp.llama_memory_can_shift(memory):
             raise UnsupportedError(f"llama.cpp cannot shift the KV cache of this {self.info.arch} model; begin a new context instead")
         end = n_keep + n_discard
-        llama_cpp.llama_memory_seq_rm(memory, 0, n_keep, end)
+        self._ctx.kv_cache_seq_rm(0, n_keep, end)
         llama_cpp.llama_memory_seq_add(memory, 0, end, self.n_tokens, -n_discard)
         self.input_ids[n_keep : self.n_tokens - n_discard] = self.input_ids[end : self.n_tokens].copy()
         if self._logits_all:

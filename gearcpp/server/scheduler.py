@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 import numpy as np
 
+from gearcpp import free_cells
 from gearcpp.errors import ClosedError, GearError
 
 from .cells import CellLedger
@@ -268,6 +269,8 @@ class Scheduler:
         if not llama_cpp.llama_memory_seq_rm(self._memory, slot.id, n, -1):
             n = 0
             llama_cpp.llama_memory_seq_rm(self._memory, slot.id, -1, -1)
+        if self._llm._device:
+            free_cells.tell(self._context, self._llm._device)
         self._cells.release(slot.cells[n:])
         del slot.tokens[n:], slot.cells[n:]
 

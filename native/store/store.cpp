@@ -704,11 +704,45 @@ void store::erase(int64_t cell, int64_t n) {
     }
 }
 
+void store::keep(const uint8_t * marked) {
+    state & s = *self;
+    for (int index = 0; index < s.shape.n_stream; ++index) {
+        stream_state &       stream = s.streams[index];
+        const uint8_t *      mark   = marked + index * s.shape.n_cell;
+        bool                 any    = false;
+        std::vector<int64_t> gone; // when the exact rows were written that go now
+        for (int64_t cell = 0; cell < s.shape.n_cell; ++cell) {
+            any = any || (mark[cell] && stream.is_written(cell));
+            if (!mark[cell] && stream.slot[cell] >= 0) {
+                gone.push_back(stream.rows[stream.slot[cell]].written_at);
+            }
+        }
+        if (!any) {
+            stream.reset(s.shape.tile, s.shape.n_cell, s.n_row);
+            continue;
+        }
+        for (int64_t cell = 0; cell < s.shape.n_cell; ++cell) {
+            if (!mark[cell] && stream.is_written(cell)) {
+                erase(index * s.shape.n_cell + cell, 1);
+            }
+        }
+        std::sort(gone.begin(), gone.end());
+        for (exact_row & row : stream.rows) {
+            row.written_at -= std::lower_bound(gone.begin(), gone.end(), row.written_at) - gone.begin();
+        }
+        stream.clock -= (int64_t) gone.size();
+    }
+    s.allowance_nth = 0; // what the team was told holds no more
+}
+
 void store::clear() {
     state & s = *self;
     if (s.is_empty) {
         return;
     }
+    s.n_row         = n_row_of(s.shape, s.codec != nullptr, s.shape.n_ubatch); // a pool that grew is a new store's again
+    s.n_row_most    = s.shape.n_ubatch;
+    s.allowance_nth = 0;
     for (stream_state & stream : s.streams) {
         stream.reset(s.shape.tile, s.shape.n_cell, s.n_row);
     }

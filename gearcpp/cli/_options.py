@@ -11,7 +11,10 @@ from gearcpp.cli._console import set_verbose
 
 _MODEL, _SAMPLING = "Model", "Sampling"
 
-ModelFile = Annotated[Path | None, typer.Option("-m", "--model", metavar="FILE", help="GGUF file; default: the model of the extra `assistant`, or the bundled one.", rich_help_panel=_MODEL)]
+ModelFile = Annotated[
+    Path | None,
+    typer.Option("-m", "--model", metavar="FILE", help="GGUF file; default: the extra `assistant`, or the bundled one.", rich_help_panel=_MODEL),
+]
 HfRepo = Annotated[
     str | None,
     typer.Option("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", help="GGUF from Hugging Face, cached.", rich_help_panel=_MODEL),

@@ -180,14 +180,14 @@ def normalize_kv_type(kv_type: KVTypeLike, *, recorder: Any = None) -> KVType:
             first, second = name.split("/")
             return normalize_kv_type((first, second))
         known = [*PRESETS, *LLAMA_CACHE_TYPES]
-        raise ConfigError(f"unknown kv_type {kv_type!r}{_suggest(name, known)}; known: {', '.join(known)}")
+        raise ConfigError(f"unknown kv_type {kv_type!r}{nearest(name, known)}; known: {', '.join(known)}")
     if isinstance(kv_type, (tuple, list)) and len(kv_type) == 2 and all(isinstance(t, str) for t in kv_type):
         type_k, type_v = (t.strip().lower() for t in kv_type)
         for t in (type_k, type_v):
             if t in PRESETS:
                 raise ConfigError(f"{t!r} cannot be half of a pair: pairs are for llama.cpp's own types. For GEAR use GearConfig(bits_k=..., bits_v=...)")
             if t not in LLAMA_CACHE_TYPES:
-                raise ConfigError(f"unknown cache type {t!r}{_suggest(t, list(LLAMA_CACHE_TYPES))}; known: {', '.join(LLAMA_CACHE_TYPES)}")
+                raise ConfigError(f"unknown cache type {t!r}{nearest(t, list(LLAMA_CACHE_TYPES))}; known: {', '.join(LLAMA_CACHE_TYPES)}")
         return KVType(type_k if type_k == type_v else f"{type_k}/{type_v}", None, type_k, type_v)
     if isinstance(kv_type, TileMethod) and not isinstance(kv_type, type):
         return _of_method(kv_type)
@@ -292,9 +292,10 @@ def check_names(given: Mapping[str, Any], known: list[str], what: str) -> None:
     """Raise ConfigError for the first name that is not known, with the nearest ones or, when none is near, all."""
     for name in given:
         if name not in known:
-            raise ConfigError(f"unknown {what} {name!r}{_suggest(name, known) or '; known: ' + ', '.join(known)}")
+            raise ConfigError(f"unknown {what} {name!r}{nearest(name, known) or '; known: ' + ', '.join(known)}")
 
 
-def _suggest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """The question after an unknown name, whether a near one was meant; "" when none is near."""
     near = difflib.get_close_matches(name, known, n=2)
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""

@@ -180,6 +180,7 @@ class Scheduler:
         self._drop_cancelled()
         self._admit()
         work = self._plan()
+        self.counters.running, self.counters.waiting = len(self._running), len(self._waiting)  # now: the first step of a long prompt takes a while
         if work and self._decode(work):
             self._sample(work)
         self._count(start)

@@ -58,7 +58,11 @@ class Vocabulary:
             DataError: there are more tokens than that.
         """
         if len(self.tokens) > n_tokens:
-            raise DataError(f"the tokenizer has {len(self.tokens)} tokens, but config.json says vocab_size = {n_tokens}")
+            raise DataError(
+                f"the tokenizer has {len(self.tokens)} tokens, but config.json says vocab_size = {n_tokens}: tokens were added without a row in the "
+                f"embedding. Take those from {n_tokens} on out of added_tokens.json and tokenizer.json, or resize the model's embedding "
+                "(resize_token_embeddings in transformers) and save it again"
+            )
         missing = range(len(self.tokens), n_tokens)
         self.tokens += [f"[PAD{index}]" for index in missing]
         self.types += [TokenType.UNUSED for _ in missing]

@@ -24,6 +24,25 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _LONGEST_LIST = 512  # llama.cpp's most layers; longer arrays are not per layer, and only their length is kept
 
+# What no model has. llama.cpp makes memory and loops of these numbers, or aborts, before it compares them with the tensors that are there.
+_SIZES = {  # key without the family: least and most
+    "block_count": (1, _LONGEST_LIST),
+    "embedding_length": (1, 2**20),
+    "context_length": (1, 2**30),
+    "feed_forward_length": (0, 2**24),
+    "attention.head_count": (0, 2**16),
+    "attention.head_count_kv": (0, 2**16),
+    "attention.key_length": (0, 2**16),
+    "attention.value_length": (0, 2**16),
+    "attention.sliding_window": (0, 2**30),
+    "rope.dimension_count": (0, 2**16),
+    "expert_count": (0, 2**12),
+    "expert_used_count": (0, 2**12),
+    "vocab_size": (1, 2**27),
+}
+_REALS = {"attention.layer_norm_rms_epsilon": (0.0, 1.0), "attention.layer_norm_epsilon": (0.0, 1.0), "rope.freq_base": (0.0, 1e12)}
+_MOST_TENSORS, _MOST_KEYS = 2**20, 2**20
+
 # Families that llama.cpp runs without a KV cache: nothing to compress, nothing to refuse.
 _BERT = ("bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert")
 _DIFFUSION = ("dream", "llada", "llada-moe", "rnd1")
@@ -205,8 +224,9 @@ def _parse(file: Path, data: mmap.mmap) -> dict[str, Any]:
     version = header.scalar("I")
     if version not in (2, 3):
         raise DataError(f"{file} has GGUF version {version}; versions 2 and 3 (little-endian) can be read. Convert the model again")
-    header.scalar("Q")  # number of tensors
-    n_keys = header.scalar("Q")
+    n_tensors, n_keys = header.scalar("Q"), header.scalar("Q")
+    if n_tensors > _MOST_TENSORS or n_keys > _MOST_KEYS:
+        raise ValueError(f"its header speaks of {n_tensors} tensors and {n_keys} keys")
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
         key = header.string()
@@ -270,6 +290,7 @@ class _Reader:
     def info(self, files: tuple[Path, ...]) -> ModelInfo:
         for key in ("block_count", "embedding_length"):
             self.required(f"{self.arch}.{key}")
+        self.check_sizes()
         n_layer, n_embd = self.number("block_count"), self.number("embedding_length")
         n_head = self.per_layer("attention.head_count", n_layer, [0] * n_layer)
         return ModelInfo(
@@ -284,6 +305,19 @@ class _Reader:
             n_head=next((n for n in n_head if n), 0),
             layers=self.layers(n_layer, n_embd, n_head),
         )
+
+    def check_sizes(self) -> None:
+        """Raise DataError for a number that no model has."""
+        for key, (low, high) in _SIZES.items():
+            given = self.get(key)
+            for value in given if isinstance(given, list) else [] if given is None or isinstance(given, LongArray) else [given]:
+                if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                    raise DataError(f"{self.file} is damaged: {self.arch}.{key} is {value!r}; models have {low} to {high}")
+
+        for key, (least, most) in _REALS.items():
+            value = self.get(key, least)
+            if not isinstance(value, (int, float)) or not least <= value <= most:
+                raise DataError(f"{self.file} is damaged: {self.arch}.{key} is {value!r}; models have {least:g} to {most:g}")
 
     def layers(self, n_layer: int, n_embd: int, n_head: list[int]) -> tuple[KVLayer, ...]:
         if self.arch in NO_CACHE or self.arch in _RECURRENT:

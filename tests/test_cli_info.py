@@ -15,7 +15,7 @@ import pytest
 
 from gearcpp import PRESETS, AbiError, ConfigError, GearError, native
 from gearcpp.cli import info, main
-from gearcpp.cli._model import bundled_model, choose_files, default_threads, resolve_model
+from gearcpp.cli._model import assistant_model, bundled_model, choose_files, default_threads, resolve_model
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -79,12 +79,25 @@ def test_help_fits_and_names_every_command(capsys: pytest.CaptureFixture[str]) -
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_bundled_model_is_the_default() -> None:
+def test_without_the_extra_the_bundled_model_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gearcpp.cli._model.ASSISTANT_PACKAGE", "no_such_package")
+    assert assistant_model() is None
     assert resolve_model(None, None) == bundled_model()
     assert bundled_model().read_bytes()[:4] == b"GGUF"
     assert resolve_model(Path("mine.gguf"), None) == Path("mine.gguf")
     with pytest.raises(ConfigError, match="two models"):
         resolve_model(Path("mine.gguf"), "a/b")
+
+
+def test_the_model_of_the_extra_comes_first_and_its_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "weights_of_a_test"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('needs what is not there')")
+    (package / "small.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("gearcpp.cli._model.ASSISTANT_PACKAGE", package.name)
+    assert resolve_model(None, None) == package / "small.gguf"
+    assert resolve_model(Path("mine.gguf"), None) == Path("mine.gguf")
 
 
 FILES = [

@@ -6,6 +6,9 @@ import csv
 import json
 import math
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -424,6 +427,31 @@ def test_ctrl_c_leaves_what_there_is(bundled_model: Path, text_file: Path, monke
     assert "| q8_0" in output.out
     assert "interrupted: these figures are of a part of the text (of 254 tokens to score: f16 127" in output.err
     assert "Traceback" not in output.err
+
+
+def test_a_run_that_is_stopped_leaves_what_it_had(bundled_model: Path, text_file: Path, tmp_path: Path) -> None:
+    """A line for each chunk where errors go to a file, and the JSON as it stands where output goes to one; SIGTERM ends it as Ctrl-C does."""
+    command = [sys.executable, "-m", "gearcpp", "perplexity", text_file, "-m", bundled_model, "--kv", "q8_0", "-c", "256", "-t", "1", "--json"]
+    lines, result = tmp_path / "lines", tmp_path / "result.json"
+    for kill in (False, True):
+        with lines.open("wb") as errors, result.open("wb") as output:
+            output.write(b"earlier\n")
+            output.flush()
+            process = subprocess.Popen([*map(str, command)], stdout=output, stderr=errors)
+            end = time.monotonic() + 120
+            while "chunk 2 of " not in lines.read_text() and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            if kill:
+                process.kill()
+            else:
+                process.terminate()
+            code = process.wait(60)
+        assert code == (-9 if kill else 130), lines.read_text()
+        assert "chunk 1 of " in lines.read_text() and "q8_0 PPL" in lines.read_text()
+        head, _, rest = result.read_text().partition("\n")
+        record = json.loads(rest)
+        assert head == "earlier" and not record["complete"]
+        assert [row["label"] for row in record["rows"]] == ["f16", "q8_0"]
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,46 @@ def test_embeddings_have_unit_length_and_likeness_shows(server: Server) -> None:
     assert max(abs(x - y) for x, y in zip(alone, vectors[2], strict=True)) < 1e-2
 
 
+def test_no_tokens_are_no_tokens(server: Server) -> None:
+    answer = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=0, echo=True)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (PROMPT, "length")
+    assert answer.usage and answer.usage.completion_tokens == 0 and answer.usage.prompt_tokens > 0
+    chunks = list(server.client().completions.create(model="books", prompt=PROMPT, max_tokens=0, stream=True))
+    assert [chunk.choices[0].text for chunk in chunks] == [""]
+    chat = server.client().chat.completions.create(model="books", messages=[{"role": "user", "content": "Hm"}], max_tokens=0)
+    assert not chat.choices[0].message.content
+
+
+def test_messages_in_parts_and_developers(server: Server) -> None:
+    def answer(*messages: Any) -> Any:
+        return server.client().chat.completions.create(model="books", messages=list(messages), max_tokens=6, temperature=0).choices[0].message.content
+
+    parts = [{"type": "text", "text": "One"}, {"type": "text", "text": "two"}]
+    plain = answer({"role": "system", "content": "Be."}, {"role": "user", "content": "One\ntwo"})
+    assert answer({"role": "developer", "content": "Be."}, {"role": "user", "content": parts}) == plain
+
+
+USER = {"role": "user", "content": "Hm"}
+REFUSED = [
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}, "images"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [USER], "tool_choice": "required"}, "no tools"),
+    ({"messages": [USER], "temperature": -1}, "temperature"),
+    ({"messages": [USER], "max_tokens": -7}, "max_tokens"),
+    ({"messages": [USER], "temprature": 0.5}, "did you mean 'temperature'"),
+    ({"messages": [USER], "reasoning_effort": "high"}, "reasoning_effort is not supported"),
+    ({"messages": [USER], "stop": {"a": 1}}, "stop"),
+    ({"messages": [USER], "response_format": {"type": "xml"}}, "response_format"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_what_is_asked_for_is_done_or_refused_in_a_line(server: Server, fields: dict[str, Any], message: str) -> None:
+    status, answer = post(server, "/v1/chat/completions", json.dumps({"model": "books", **fields}).encode())
+    assert status == 400, answer
+    assert message in answer["error"]["message"] and len(answer["error"]["message"]) < 250
+
+
 def test_models_are_listed_and_an_unknown_name_means_the_first(server: Server) -> None:
     assert [model.id for model in server.client().models.list()] == ["books", "books-embeddings"]
     assert server.client().completions.create(model="gpt-4o", prompt=PROMPT, max_tokens=1).model == "books"

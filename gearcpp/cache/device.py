@@ -77,6 +77,11 @@ class GearDevice:
         """The ``gear_device *`` of the native library."""
         return self._device
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the whole cache is on the CPU."""
+        return self._placement.on_cpu
+
     def attach(self, params: Any) -> None:
         """Make a llama_model_params put all layers on this device. The lists that it points to live as long as this object."""
         params.devices = int(native.ffi.cast("uintptr_t", self._list))

@@ -242,11 +242,9 @@ class Conversation:
 
     def _truncate(self, n_tokens: int) -> None:
         """Drop what the cache holds after its first n_tokens; all of it, where the model's memory cannot be cut (recurrent models)."""
-        import llama_cpp
-
         if n_tokens == self.llm.n_tokens:
             return
-        if not llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.llm.ctx), -1, n_tokens, -1):
+        if not self.llm._ctx.kv_cache_seq_rm(0, n_tokens, -1):
             self.llm.reset()
         else:
             self.llm.n_tokens = n_tokens

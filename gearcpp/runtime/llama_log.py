@@ -16,10 +16,14 @@ class LlamaLog:
     """Within a ``with`` statement: the error lines that llama.cpp logs, which still go where they went before.
 
     The log callback is one for the process, so only one of these may be in use at a time.
+
+    Args:
+        errors_only: warnings and notices go nowhere. llama-cpp-python's own filter lets warnings pass as errors: its level numbers are old.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, errors_only: bool = False) -> None:
         self.errors: list[str] = []
+        self._errors_only = errors_only
         self._level = 0
         self._earlier = llama_cpp.llama_log_callback()
         self._earlier_data = ctypes.c_void_p()
@@ -37,7 +41,7 @@ class LlamaLog:
         self._level = self._level if level == _CONTINUED else level
         if self._level == _ERROR:
             self.errors.append(line.decode("utf-8", "replace").strip())
-        if self._earlier:
+        if self._earlier and (self._level == _ERROR or not self._errors_only):
             self._earlier(level, line, self._earlier_data)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -29,7 +30,7 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
     if isinstance(error, HTTPException):
         return error.status_code, body(error.status_code, str(error.detail))
     if isinstance(error, RequestValidationError):
-        return 400, body(400, "; ".join(_where(problem) for problem in error.errors()[:5]))
+        return 400, body(400, _problems(error.errors()))
     if isinstance(error, ContextLengthError):
         return 400, body(400, str(error), code="context_length_exceeded")
     if isinstance(error, (CancelledError, ClosedError, OutOfMemoryError)):
@@ -45,6 +46,18 @@ def body(status: int, message: str, *, code: str | None = None) -> dict[str, Any
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _problems(found: Sequence[dict[str, Any]]) -> str:
+    """What is wrong, a few fields at most. Where one of several kinds would do, pydantic names every kind: of those only the field is said."""
+    by_field: dict[str, list[dict[str, Any]]] = {}
+    for problem in found:
+        field = next((str(part) for part in problem.get("loc", ()) if part != "body"), "")
+        by_field.setdefault(field, []).append(problem)
+    return "; ".join(
+        _where(problems[0]) if len(problems) == 1 else f"{field}: it has not the form that this field takes in OpenAI's API ({problems[0]['msg']})"
+        for field, problems in list(by_field.items())[:5]
+    )
 
 
 def _where(problem: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import llama_cpp
 
 from gearcpp.errors import ConfigError
+from gearcpp.runtime.asked import check_sampling
 from gearcpp.runtime.llama import Llama
 
 from .client import Client, current_client
@@ -46,7 +47,7 @@ class ServedLlama(Llama):
         if not 1 <= n_parallel <= min(n_batch, llama_cpp.llama_max_parallel_sequences()):
             most = min(n_batch, llama_cpp.llama_max_parallel_sequences())
             raise ConfigError(f"parallel must be 1 to {most} (with n_batch={n_batch}), not {n_parallel}")
-        self.name = name or model_path
+        self.name = name or str(model_path)
         self.n_parallel = n_parallel
         self._is_embedder = bool(arguments.get("embedding"))
         self._n_sequences = 1 if self._is_embedder else n_parallel
@@ -114,11 +115,18 @@ class ServedLlama(Llama):
             raise ConfigError(f"logprobs must be 0 to {MOST_LOGPROBS}, not {logprobs}")
         if logprobs is not None and echo:
             raise ConfigError("logprobs are those of the answer, not of the prompt: leave echo or logprobs out")
+        check_sampling({**sampling, "tfs_z": tfs_z})
+        if max_tokens is not None and max_tokens < -1:
+            raise ConfigError(f"max_tokens must be 0 or more, or -1 for as many as fit, not {max_tokens}")
         tokens = self._prompt_tokens(prompt)
+        head = {"id": f"cmpl-{uuid.uuid4()}", "object": "text_completion", "created": int(time.time()), "model": self.name}
+        opening = prompt if echo and isinstance(prompt, str) else ""
+        if max_tokens == 0:
+            return _nothing(head, opening, len(tokens), stream)
         answer = Answer(
             self.model,
             tokens,
-            max_tokens=min(max_tokens if max_tokens and max_tokens > 0 else self.n_ctx(), self.n_ctx() - len(tokens)),
+            max_tokens=min(max_tokens if max_tokens is not None and max_tokens > 0 else self.n_ctx(), self.n_ctx() - len(tokens)),
             sampler=Sampler(
                 self,
                 SamplerParams(**{name: value for name, value in sampling.items() if value is not None}),
@@ -134,8 +142,6 @@ class ServedLlama(Llama):
         if client := current_client.get():
             client.when_gone(answer.cancel)
         self.scheduler.submit(answer)
-        head = {"id": f"cmpl-{uuid.uuid4()}", "object": "text_completion", "created": int(time.time()), "model": self.name}
-        opening = prompt if echo and isinstance(prompt, str) else ""
         offset = len(prompt) if isinstance(prompt, str) else 0
         return _chunks(answer, head, opening, offset, client) if stream else _completion(answer, head, opening, offset)
 
@@ -202,6 +208,17 @@ def _completion(answer: Answer, head: dict[str, Any], opening: str, offset: int)
     text = opening + "".join(piece.text for piece in pieces)
     choice = _choice(text, logprobs if answer.has_logprobs else None, offset, answer.finish_reason)
     return {**head, "choices": [choice], "usage": _usage(answer)}
+
+
+def _nothing(head: dict[str, Any], opening: str, n_prompt: int, stream: bool) -> Any:
+    """An answer of no tokens, as max_tokens=0 asks for: nothing is evaluated."""
+    usage = {"prompt_tokens": n_prompt, "completion_tokens": 0, "total_tokens": n_prompt}
+    whole = {**head, "choices": [_choice(opening, None, 0, "length")]}
+    if not stream:
+        return {**whole, "usage": usage}
+    if client := current_client.get():
+        client.last_event = {**head, "choices": [], "usage": usage}
+    return iter([whole])
 
 
 def _usage(answer: Answer) -> dict[str, int]:

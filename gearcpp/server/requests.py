@@ -9,7 +9,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest, CreateEmbeddingRequest
+
+from gearcpp.config import suggest
 from gearcpp.errors import ConfigError
+from gearcpp.runtime.asked import chosen_tools, plain_messages, plain_response_format
 
 COMPLETIONS = ("/v1/completions", "/v1/engines/copilot-codex/completions")
 CHAT = "/v1/chat/completions"
@@ -42,6 +46,7 @@ def prepare(path: str, data: bytes) -> Prepared:
         raise ConfigError(f"the body is not JSON: {error}") from error
     if not isinstance(request, dict):
         raise ConfigError("the body must be a JSON object")
+    _check_fields(path, request)
     if path == EMBEDDINGS:
         _prepare_embedding(request)
     else:
@@ -56,6 +61,24 @@ def prepare(path: str, data: bytes) -> Prepared:
     return Prepared(json.dumps(request).encode(), bool(isinstance(options, dict) and options.get("include_usage")))
 
 
+# Fields of OpenAI's API, and of clients of llama.cpp, that change nothing about an answer.
+_WITHOUT_EFFECT = {
+    *("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "cache_prompt"),
+    *("n", "best_of", "max_completion_tokens", "dimensions", "parallel_tool_calls", "return_progress", "timings_per_token", "encoding_format"),
+}
+
+
+def _check_fields(path: str, request: dict[str, Any]) -> None:
+    """Refuse a field that would be dropped though the client wants something by it. null asks for nothing."""
+    kind = CreateEmbeddingRequest if path == EMBEDDINGS else CreateChatCompletionRequest if path == CHAT else CreateCompletionRequest
+    for name, value in request.items():
+        if value is None or name in kind.model_fields or name in _WITHOUT_EFFECT or (name, value) in (("modalities", ["text"]), ("typical_p", 1)):
+            continue
+        raise ConfigError(f"{name} is not supported{suggest(name, list(kind.model_fields))}; leave it out")
+    if request.get("encoding_format") not in (None, "float", "base64"):  # openai's client asks for base64 by itself, and takes numbers
+        raise ConfigError("encoding_format must be float")
+
+
 def _prepare_completion(request: dict[str, Any]) -> None:
     prompt = request.get("prompt", "")
     if isinstance(prompt, list) and (len(prompt) != 1 or not isinstance(prompt[0], str)):
@@ -63,18 +86,15 @@ def _prepare_completion(request: dict[str, Any]) -> None:
 
 
 def _prepare_chat(request: dict[str, Any]) -> None:
-    if not request.get("messages"):
-        raise ConfigError("messages must hold at least one message")
+    request["messages"] = plain_messages(request.get("messages"))
+    tools, choice = chosen_tools(request.get("tools"), request.get("tool_choice"))
+    request.update({name: value for name, value in (("tools", tools), ("tool_choice", choice)) if name in request})
+    if "response_format" in request:
+        request["response_format"] = plain_response_format(request["response_format"])
     if request.get("max_tokens") is None and request.get("max_completion_tokens") is not None:
         request["max_tokens"] = request["max_completion_tokens"]
     if request.get("logprobs") and request.get("top_logprobs") is None:
         request["top_logprobs"] = 0
-    form = request.get("response_format")
-    if isinstance(form, dict) and form.get("type") == "json_schema":
-        schema = (form.get("json_schema") or {}).get("schema")
-        if not isinstance(schema, dict):
-            raise ConfigError("response_format.json_schema.schema must be a JSON schema")
-        request["response_format"] = {"type": "json_object", "schema": schema}
 
 
 def _prepare_embedding(request: dict[str, Any]) -> None:

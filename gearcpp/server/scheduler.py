@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 
 from gearcpp.errors import ClosedError, GearError
+from gearcpp.runtime import free_cells
 from gearcpp.runtime.context import Batch
 
 from .cells import CellLedger
@@ -179,6 +180,7 @@ class Scheduler:
         self._drop_cancelled()
         self._admit()
         work = self._plan()
+        self.counters.running, self.counters.waiting = len(self._running), len(self._waiting)  # now: the first step of a long prompt takes a while
         if work and self._decode(work):
             self._sample(work)
         self._count(start)
@@ -268,6 +270,8 @@ class Scheduler:
         if not llama_cpp.llama_memory_seq_rm(self._memory, slot.id, n, -1):
             n = 0
             llama_cpp.llama_memory_seq_rm(self._memory, slot.id, -1, -1)
+        if self._llm._device:
+            free_cells.tell(self._context, self._llm._device)
         self._cells.release(slot.cells[n:])
         del slot.tokens[n:], slot.cells[n:]
 

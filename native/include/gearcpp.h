@@ -335,6 +335,9 @@ GEAR_API int64_t      gear_session_extra_bytes(gear_session * session);
 //   note         the caller's, found first by gear_session_open; extra: the caller's, perhaps large; may be NULL with 0 bytes
 GEAR_API gear_status gear_session_save(gear_session * session, int64_t state_bytes, const void * note, int64_t n_note, const void * extra, int64_t n_extra,
                                        int32_t n_threads, gear_session_write write, void * user);
+// Tell the cache which cells are free, which llama.cpp does not: after llama_state_seq_get_data of all sequences (-1) into the window, every cell that
+// it did not name becomes unwritten, and what stays is packed from now on as if the others had never been.
+GEAR_API gear_status gear_session_forget_others(gear_session * session);
 // Make ready for a context on this device (NULL: a cache of llama.cpp's own). GEAR_ERROR_DATA when its tiles are of another configuration.
 GEAR_API gear_status gear_session_attach(gear_session * session, gear_device * device);
 // Fill the cache, after llama_state_set_data. extra: room for gear_session_extra_bytes, or NULL. n_changed (may be NULL): rows that came back in other

@@ -187,6 +187,13 @@ gear_status gear_session_save(gear_session * session, int64_t state_bytes, const
     });
 }
 
+gear_status gear_session_forget_others(gear_session * session) {
+    return gear::guarded([&] {
+        require(session, "session is NULL");
+        session->session.forget_others();
+    });
+}
+
 gear_status gear_session_attach(gear_session * session, gear_device * device) {
     return gear::guarded([&] {
         require(session, "session is NULL");

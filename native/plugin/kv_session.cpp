@@ -133,6 +133,21 @@ void kv_session::save(size_t n_state, const void * note, size_t n_note, const vo
     write_section(out, section_kind::end, [](output &) {});
 }
 
+void kv_session::forget_others() {
+    for (const saved_tensor & saved : saved_) {
+        saved.tensor->change_store([&](store * rows, const tile_codec *, const row_writer &) {
+            if (!rows) {
+                return;
+            }
+            std::vector<uint8_t> marked((size_t) (rows->shape().n_cell * rows->shape().n_stream));
+            for (const cell_range & range : saved.ranges) {
+                std::fill_n(marked.begin() + range.cell, range.n, (uint8_t) 1);
+            }
+            rows->keep(marked.data());
+        });
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Reading
 // ---------------------------------------------------------------------------------------------------------------------------------------------

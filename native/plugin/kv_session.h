@@ -45,6 +45,8 @@ class kv_session {
 
     // The first n_state bytes of the window are llama.cpp's state now. Full tiles are packed before they are saved.
     void    save(size_t n_state, const void * note, size_t n_note, const void * extra, size_t n_extra, int n_threads, output & out);
+    // llama.cpp has written the window: cells of the stores that it did not name are free, and become as if they had never been written.
+    void    forget_others();
     // llama.cpp has read the window: fill the stores. extra [extra_size()], or nullptr. Returns the rows that were packed anew.
     int64_t restore(void * extra);
 

@@ -198,10 +198,48 @@ void store::erase(int64_t cell, int64_t n) {
     }
 }
 
+void store::keep(const uint8_t * marked) {
+    bool is_empty = true;
+    for (int index = 0; index < shape_.n_stream; ++index) {
+        stream_state &       stream = streams_[index];
+        const uint8_t *      mark   = marked + index * shape_.n_cell;
+        bool                 any    = false;
+        std::vector<int64_t> gone; // when the exact rows were written that go now
+        for (int64_t cell = 0; cell < shape_.n_cell; ++cell) {
+            any = any || (mark[cell] && stream.is_written(cell));
+            if (!mark[cell] && stream.slot[cell] >= 0) {
+                gone.push_back(stream.rows[stream.slot[cell]].written_at);
+            }
+        }
+        if (!any) {
+            stream.reset(shape_.tile, shape_.n_cell, n_row_);
+            continue;
+        }
+        is_empty = false;
+        for (int64_t cell = 0; cell < shape_.n_cell; ++cell) {
+            if (!mark[cell] && stream.is_written(cell)) {
+                erase(index * shape_.n_cell + cell, 1);
+            }
+        }
+        std::sort(gone.begin(), gone.end());
+        for (exact_row & row : stream.rows) {
+            row.written_at -= std::lower_bound(gone.begin(), gone.end(), row.written_at) - gone.begin();
+        }
+        stream.clock -= (int64_t) gone.size();
+    }
+    if (is_empty && codec_) {
+        codec_->forget();
+    }
+    allowance_nth_ = 0; // what the team was told holds no more
+}
+
 void store::clear() {
     if (is_empty_) {
         return;
     }
+    n_row_         = n_row_of(shape_, codec_ != nullptr, shape_.n_ubatch); // a pool that grew is a new store's again
+    n_row_most_    = shape_.n_ubatch;
+    allowance_nth_ = 0;
     for (stream_state & stream : streams_) {
         stream.reset(shape_.tile, shape_.n_cell, n_row_);
     }

@@ -157,6 +157,10 @@ class store {
     void read(int64_t cell, int64_t n, uint16_t * rows) const;
     // The cells become unwritten.
     void erase(int64_t cell, int64_t n);
+    // The cells without a mark become unwritten, and the others as if those had never been: a row is as old as the marked rows written after it say. A
+    // stream without a marked row is a new one.
+    //   marked u8 [n_stream * n_cell]
+    void keep(const uint8_t * marked);
     // All cells of stream `from` become those of stream `to`; packed tiles are copied bit for bit. Also between two stores of the same shape and codec.
     void copy_stream(int from, const store & source, int to);
     void clear();

@@ -318,6 +318,7 @@ void test_devices_and_sessions() {
     CHECK(gear_session_extra_bytes(nullptr) == 0);
     gear_session_free(nullptr);
     refused(gear_session_save(nullptr, 0, nullptr, 0, nullptr, 0, 1, write_none, nullptr));
+    refused(gear_session_forget_others(nullptr));
     refused(gear_session_attach(nullptr, nullptr));
     refused(gear_session_restore(nullptr, nullptr, nullptr));
 

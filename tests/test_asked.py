@@ -1,0 +1,244 @@
+"""What is asked for is done or refused: arguments, messages, sampling parameters and files, as programs for llama-cpp-python give them."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import pytest
+from chat_models import write_chat_model
+from models import write_lora
+
+import gearcpp
+from gearcpp import ConfigError, DataError, GearError, Llama
+from gearcpp.runtime.asked import check_sampling, chosen_tools, plain_messages, plain_response_format
+
+RandomModel = Callable[..., Path]
+SMALL = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}}}
+OTHER = {"type": "function", "function": {"name": "listen", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("model") / "chat.gguf")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+# In the parent's place
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_of_the_past_are_taken_with_one_warning(random_model: RandomModel) -> None:
+    with pytest.warns(UserWarning, match="n_parts, f16_kv") as caught:
+        llm = Llama(str(random_model()), n_parts=-1, f16_kv=True, **SMALL)
+    assert len([w for w in caught if "ignored" in str(w.message)]) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pickle.loads(pickle.dumps(llm)).close()
+    llm.close()
+
+
+def test_unknown_arguments_are_errors_in_one_line_unless_it_is_lenient(random_model: RandomModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"'n_bacth' \(did you mean 'n_batch'"):
+        Llama(str(random_model()), n_bacth=5, **SMALL)
+    with pytest.raises(ConfigError, match="lenient") as error:
+        Llama(str(random_model()), colour="red", **SMALL)
+    assert len(str(error.value)) < 150
+    monkeypatch.setattr(Llama, "lenient", True)
+    with pytest.warns(UserWarning, match="colour"):
+        Llama(str(random_model()), colour="red", **SMALL).close()
+    monkeypatch.setattr(Llama, "lenient", False)
+    monkeypatch.setenv("GEARCPP_LENIENT", "1")
+    with pytest.warns(UserWarning, match="colour"):
+        Llama(str(random_model()), colour="red", **SMALL).close()
+
+
+def _framework(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+
+
+def test_langchain_with_us_in_the_parents_place(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _framework("langchain_community")
+    from langchain_community.chat_models import ChatLlamaCpp
+    from langchain_community.embeddings import LlamaCppEmbeddings
+    from langchain_community.llms import LlamaCpp
+
+    monkeypatch.setattr(llama_cpp, "Llama", gearcpp.Llama)
+    with pytest.warns(UserWarning, match="f16_kv"):
+        chat = ChatLlamaCpp(model_path=str(chat_model), n_ctx=256, n_threads=1, max_tokens=4, temperature=0, verbose=False)
+    assert isinstance(chat.client, Llama)
+    assert chat.invoke("One").content
+    assert "".join(str(piece.content) for piece in chat.stream("One"))
+    assert chat.bind_tools([TOOL], tool_choice=TOOL).invoke("One") is not None
+    with pytest.warns(UserWarning, match="f16_kv"):
+        text = LlamaCpp(model_path=str(chat_model), n_ctx=256, n_threads=1, max_tokens=4, verbose=False)
+    assert isinstance(text.client, Llama) and isinstance(text.invoke("One"), str)
+    with pytest.warns(UserWarning, match="f16_kv"):
+        embeddings = LlamaCppEmbeddings(model_path=str(chat_model), n_ctx=256, n_batch=64, n_threads=1, verbose=False)
+    assert embeddings.embed_query("One")
+
+
+def test_llama_index_with_us_in_the_parents_place(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _framework("llama_index.llms.llama_cpp") if importlib.util.find_spec("llama_index") else pytest.skip("llama_index is not installed")
+    module = importlib.import_module("llama_index.llms.llama_cpp.base")
+    monkeypatch.setattr(module, "Llama", gearcpp.Llama)
+    llm = module.LlamaCPP(model_path=str(chat_model), context_window=256, max_new_tokens=4, model_kwargs={"n_threads": 1}, verbose=False)
+    assert isinstance(llm.complete("One").text, str)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_paths_are_paths(random_model: RandomModel, tmp_path: Path) -> None:
+    path = random_model()
+    lora = write_lora(tmp_path / "lora.gguf")
+    llm = Llama(path, lora_path=lora, **SMALL)
+    llm.eval([5, 6, 7])
+    assert llm.model_path == str(path)
+    llm.close()
+
+
+def test_a_lora_that_cannot_be_used_is_an_error(random_model: RandomModel, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no LoRA file"):
+        Llama(random_model(), lora_path="no-such-file.gguf", **SMALL)
+    damaged = tmp_path / "lora.gguf"
+    damaged.write_bytes(b"GGUF" + bytes(60))
+    for kv_type in ("gear", "f16"):
+        with pytest.raises(GearError, match="LoRA"):
+            Llama(random_model(), kv_type=kv_type, lora_path=str(damaged), **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lora_scale": 0.5}, "lora_scale"),
+        ({"lora_base": "x.gguf"}, "lora_base"),
+        ({"n_ctx": 2**31}, f"from 0 to {2**31 - 256}"),
+        ({"n_threads": -2}, "n_threads"),
+        ({"chat_format": "chatlm"}, "did you mean .*chatml"),
+    ],
+)
+def test_arguments_that_nothing_could_follow(random_model: RandomModel, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Llama(random_model(), **{**SMALL, **given})
+
+
+def test_without_a_seed_objects_answer_differently_and_with_one_alike(random_model: RandomModel) -> None:
+    def answer(**seed: Any) -> Any:
+        llm = Llama(random_model(), kv_type="f16", flash_attn=True, **SMALL, **seed)
+        text = llm.create_completion([5, 6, 7], max_tokens=24, temperature=1.5, top_k=0, min_p=0.0)["choices"][0]["text"]
+        llm.close()
+        return text
+
+    assert len({answer() for _ in range(3)}) == 3
+    assert len({answer(seed=-1) for _ in range(2)}) == 2
+    for seed in (0, 7):
+        assert answer(seed=seed) == answer(seed=seed)
+    assert answer(seed=0) != answer(seed=7)
+
+
+def test_no_warnings_of_llama_cpp_unless_verbose(random_model: RandomModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = random_model()
+    Llama(path, lora_path=write_lora(tmp_path / "lora.gguf"), **SMALL).close()
+    Llama(random_model("gemma3"), swa_full=True, **SMALL).close()
+    assert capfd.readouterr().err == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+# Requests
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 1.5}, {"min_p": -0.1}, {"repeat_penalty": "x"}, {"mirostat_mode": 3}, {"tfs_z": 0.5}],
+)
+def test_sampling_parameters_out_of_range(chat_model: Path, wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=name):
+        check_sampling(wrong)
+    llm = Llama(chat_model, **SMALL)
+    with pytest.raises(ConfigError, match=name):
+        llm.create_completion("One", max_tokens=1, **wrong)
+    with pytest.raises(ConfigError, match=name):
+        llm.create_chat_completion([{"role": "user", "content": "One"}], max_tokens=1, **wrong)
+    with pytest.raises(ConfigError, match="suffix"):
+        llm("One", suffix="two")
+    llm.close()
+
+
+def test_content_in_parts_and_the_role_developer() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert plain_messages([{"role": "developer", "content": "x"}, {"role": "user", "content": parts}]) == [
+        {"role": "system", "content": "x"},
+        {"role": "user", "content": "a\nb"},
+    ]
+    call = {"role": "assistant", "tool_calls": []}
+    assert plain_messages([call, {"role": "assistant", "content": None}]) == [call, {"role": "assistant", "content": None}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one"),
+        ("hello", "at least one"),
+        ([1], "messages.0 must be an object"),
+        ([{"role": "wizard", "content": "x"}], "messages.0.role must be one of"),
+        ([{"role": "user"}], "messages.0.content is missing"),
+        ([{"role": "user", "content": 5}], "messages.0.content must be"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content.0.text must be a text"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "images"),
+        ([{"role": "user", "content": ["x"]}], "messages.0.content.0"),
+    ],
+)
+def test_messages_that_no_template_takes(messages: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        plain_messages(messages)
+    assert len(str(error.value)) < 160
+
+
+def test_tools_are_chosen_or_refused(chat_model: Path) -> None:
+    named = {"type": "function", "function": {"name": "look"}}
+    assert chosen_tools([TOOL], "required") == ([TOOL], named)
+    assert chosen_tools([TOOL, OTHER], named) == ([TOOL, OTHER], named)
+    assert chosen_tools([TOOL], "none") == (None, None)
+    assert chosen_tools([TOOL], "auto") == ([TOOL], "auto")
+    for tools, choice in (([TOOL, OTHER], "required"), (None, "required"), ([OTHER], named), ([TOOL], "maybe"), ([TOOL], {})):
+        with pytest.raises(ConfigError, match="tool_choice"):
+            chosen_tools(tools, choice)
+    llm = Llama(chat_model, **SMALL)
+    answer = llm.create_chat_completion([{"role": "user", "content": "One"}], tools=[TOOL], tool_choice="required", max_tokens=8, temperature=0)
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "look" and call["function"]["arguments"].startswith("{")
+    llm.close()
+
+
+def test_response_formats_are_followed_or_refused() -> None:
+    schema = {"type": "object"}
+    assert plain_response_format({"type": "json_schema", "json_schema": {"schema": schema}}) == {"type": "json_object", "schema": schema}
+    assert plain_response_format({"type": "text"}) == {"type": "text"} and plain_response_format(None) is None
+    for wrong in ({"type": "xml"}, {"type": "json_schema"}, "json", {}):
+        with pytest.raises(ConfigError, match="response_format"):
+            plain_response_format(wrong)
+
+
+def test_an_empty_text_to_embed(random_model: RandomModel) -> None:
+    """models.py's vocabulary of bytes puts no token before a text if it is told not to."""
+    llm = Llama(random_model(), kv_type="f16", embedding=True, kv_overrides={"tokenizer.ggml.add_bos_token": False}, **SMALL)
+    assert llm.embed("hello")
+    for given, number in (("", 0), (["hello", ""], 1)):
+        with pytest.raises(ConfigError, match=f"text {number} to embed is empty"):
+            llm.embed(given)
+    with pytest.raises(ConfigError, match="nothing to embed"):
+        llm.embed([])
+    llm.close()

@@ -80,8 +80,8 @@ PRESETS: dict[str, GearConfig] = {
     "gear2": GearConfig(bits_k=2, bits_v=2, clip_k=0.9, clip_v=0.8),
     "gear-hi": GearConfig(bits_k=6, bits_v=5),
     "gear-l": GearConfig(rank_k=2, rank_v=2, factor_bits=4, rounds=3),
-    "gear-l3": GearConfig(bits_k=3, bits_v=3, rank_k=2, rank_v=2, factor_bits=4, rounds=3),
-    "gear-l2": GearConfig(bits_k=2, bits_v=2, rank_k=4, rank_v=4, factor_bits=4, rounds=3),
+    "gear-l3": GearConfig(bits_k=3, bits_v=3, clip_k=0.95, clip_v=0.95, rank_k=2, rank_v=2, factor_bits=4, rounds=3),
+    "gear-l2": GearConfig(bits_k=2, bits_v=2, clip_k=0.85, clip_v=0.8, rank_k=4, rank_v=4, factor_bits=4, rounds=3),
     # The paper's own settings for a tile: 4 bits on KCVT, 2 bits on KIVI g = 64; s = 2 %, r = 4.
     "gear-paper4": replace(_PLAIN, group_k=0, scale_bits=16, rank_k=4, rank_v=4, sparsity=0.02),
     "gear-paper2": replace(_PLAIN, bits_k=2, bits_v=2, group_k=64, group_v=64, scale_bits=16, rank_k=4, rank_v=4, sparsity=0.02),

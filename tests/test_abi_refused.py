@@ -14,7 +14,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from gearcpp import AbiError, _native
+from gearcpp import AbiError, native
 
 LIBRARIES = Path(os.environ.get("LLAMA_CPP_LIB_PATH", Path(llama_cpp.__file__).parent / "lib"))
 
@@ -99,18 +99,18 @@ def test_a_table_of_the_other_interface_is_refused(tmp_path: Path) -> None:
 TWO_COPIES = """
 import ctypes, sys
 import llama_cpp
-from gearcpp import AbiError, _native
+from gearcpp import AbiError, native
 ctypes.CDLL(sys.argv[1])
 try:
-    _native.check(_native.lib.gear_open(_native.ffi.NULL))
+    native.check(native.lib.gear_open(native.ffi.NULL))
 except AbiError as error:
     print(error)
-_native.open_ggml()  # a handle says which one is meant
+native.open_ggml()  # a handle says which one is meant
 try:
-    _native.check(_native.lib.gear_open(_native.ffi.cast("void *", ctypes.CDLL(sys.argv[1])._handle)))
+    native.check(native.lib.gear_open(native.ffi.cast("void *", ctypes.CDLL(sys.argv[1])._handle)))
 except AbiError as error:
     print(error)
-_native.check(_native.lib.gear_open(_native.ffi.NULL))
+native.check(native.lib.gear_open(native.ffi.NULL))
 """
 
 
@@ -152,27 +152,27 @@ def load(model: Path, *plugins: str | Path, **environment: str) -> tuple[list[st
 
 
 def test_a_plugin_is_loaded_and_may_be_named_twice(bundled_model: Path) -> None:
-    plugin = _native.library_path()
+    plugin = native.library_path()
     printed, _ = load(bundled_model, plugin, plugin)
     assert printed == ["[True, True]", "2", "1"]  # the CPU and GEAR0
 
 
 def test_a_second_plugin_is_refused_with_a_reason(bundled_model: Path, tmp_path: Path) -> None:
-    plugin = _native.library_path()
+    plugin = native.library_path()
     printed, errors = load(bundled_model, plugin, shutil.copy(plugin, tmp_path / "libgearcpp-copy.so"))
     assert printed == ["[True, False]", "2", "1"]
     assert "gearcpp: another gearcpp is loaded in this process already" in errors
 
 
 def test_a_wrong_setting_is_refused_with_a_reason(bundled_model: Path) -> None:
-    printed, errors = load(bundled_model, _native.library_path(), GEARCPP_KV="bits_k=40")
+    printed, errors = load(bundled_model, native.library_path(), GEARCPP_KV="bits_k=40")
     assert printed == ["[False]", "1", "1"]
     assert "gearcpp: bits" in errors
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut off", "another machine's", "two in one path", "text"])
 def test_what_is_no_plugin_stops_no_program(damage: str, bundled_model: Path, tmp_path: Path) -> None:
-    plugin, made = _native.library_path(), tmp_path / "libgearcpp.so"
+    plugin, made = native.library_path(), tmp_path / "libgearcpp.so"
     data = plugin.read_bytes()
     if damage == "cut off":
         made.write_bytes(data[:50])  # further on, it is the system's loader that dies: `library_path` looks before that
@@ -188,9 +188,9 @@ def test_what_is_no_plugin_stops_no_program(damage: str, bundled_model: Path, tm
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
 def test_a_cut_off_library_is_found_out(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plugin = _native.library_path()
+    plugin = native.library_path()
     data = plugin.read_bytes()
     (tmp_path / plugin.name).write_bytes(data[: int(len(data) * share)])
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     with pytest.raises(AbiError, match="is cut off; install gearcpp again"):
-        _native.library_path()
+        native.library_path()

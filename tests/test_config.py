@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from gearcpp import PRESETS, ConfigError, GearConfig, KVType, native, normalize_kv_type
-from gearcpp.cache.kv_type import for_sequences
+from gearcpp.cache.kv_type import for_sequences, split_kv_types
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -148,3 +150,27 @@ def test_the_tail_grows_with_the_sequences(n_seq: int, n_ctx: int, n_tail: int) 
     kv = for_sequences(normalize_kv_type("gear3"), n_seq, n_ctx)
     assert kv.name == "gear3" and kv.gear == PRESETS["gear3"].replace(n_tail=n_tail)
     assert for_sequences(normalize_kv_type("f16"), n_seq, n_ctx) == normalize_kv_type("f16")
+
+
+def test_a_preset_is_changed_in_parentheses():
+    kv = normalize_kv_type("gear2(rotate_k=True, n_tail=256,clip_k=0.85)")
+    assert kv.gear == PRESETS["gear2"].replace(rotate_k=True, n_tail=256, clip_k=0.85)
+    assert normalize_kv_type(kv.name) == kv
+    assert normalize_kv_type(normalize_kv_type(GearConfig(bits_k=3, bits_v=2)).name).gear == GearConfig(bits_k=3, bits_v=2)
+    assert split_kv_types("f16, gear2(rotate_k=auto,n_tail=64) ,q8_0/q4_0,") == ["f16", "gear2(rotate_k=auto,n_tail=64)", "q8_0/q4_0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("q8_0(n_tail=1)", "has no fields to change"),
+        ("gear2(rotate_k)", "write fields as in"),
+        ("gear2(rotate_k=maybe)", "neither a number nor"),
+        ("gear2(bits=3)", "unknown GearConfig field 'bits'"),
+        ("gear2(bits_k=9)", "bits_k must be"),
+        ("gera(bits_k=3)", "did you mean 'gear'"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused(name, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        normalize_kv_type(name)

@@ -11,7 +11,8 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from gearcpp import GearConfig, Llama, free_cells
+from gearcpp import GearConfig, Llama
+from gearcpp.runtime import free_cells
 
 RandomModel = Callable[..., Path]
 SMALL = GearConfig(tile=64, n_tail=32)

@@ -73,8 +73,8 @@ def normalize_kv_type(kv_type: KVTypeLike, *, recorder: Any = None) -> KVType:
     Args:
         kv_type: a preset name ("gear", "gear3", ...), one of llama.cpp's types ("f16", "q8_0", ...), a pair of the latter for K and V,
             a `GearConfig`, a mapping of GearConfig fields, or a `KVType`; a method of `gearcpp.reference`, or its name as "sim:NAME", which codes the
-            tiles in place of the native codec. A name may end in "+tailN", which keeps the last N rows exact; one of llama.cpp's types gets its tail
-            through the reference method of the same name.
+            tiles in place of the native codec. A preset may be changed in parentheses, "gear2(rotate_k=False, n_tail=256)". A name may end in "+tailN",
+            which keeps the last N rows exact; one of llama.cpp's types gets its tail through the reference method of the same name.
         recorder: what methods that are calibrated read beforehand (`gearcpp.reference.record`), or a function that gives it.
 
     Raises:
@@ -93,6 +93,8 @@ def normalize_kv_type(kv_type: KVTypeLike, *, recorder: Any = None) -> KVType:
         name = kv_type.strip().lower()
         if found := re.fullmatch(r"(?P<name>.*)\+tail(?P<n_tail>\d+)", name):
             return _with_tail(found["name"], int(found["n_tail"]), recorder)
+        if found := re.fullmatch(r"(?P<preset>[^()]+)\((?P<changes>[^()]*)\)", name):
+            return _changed(found["preset"].strip(), found["changes"])
         if name.startswith("sim:"):
             from ..reference import method
 
@@ -118,6 +120,31 @@ def normalize_kv_type(kv_type: KVTypeLike, *, recorder: Any = None) -> KVType:
         return _of_method(kv_type)
     hint = "; a plain function codes tiles as codec=" if callable(kv_type) else ""
     raise ConfigError(f"kv_type must be a name, a pair of names, a GearConfig, a mapping of its fields or a method, not {type(kv_type).__name__}{hint}")
+
+
+def split_kv_types(text: str) -> list[str]:
+    """The names of a comma-separated list; a comma between parentheses belongs to its name."""
+    return [name.strip() for name in re.split(r",(?![^()]*\))", text) if name.strip()]
+
+
+def _changed(preset: str, changes: str) -> KVType:
+    """A preset with some of its fields changed, as the name of such a configuration says it."""
+    base = normalize_kv_type(preset).gear
+    if not base:
+        raise ConfigError(f"{preset!r} has no fields to change: {preset}(...) is for GEAR's presets, {', '.join(PRESETS)}")
+    fields: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in changes.split(","))):
+        field, equal, value = (text.strip() for text in part.partition("="))
+        if not equal:
+            raise ConfigError(f"{preset}({changes}): write fields as in {preset}(rotate_k=False, n_tail=256)")
+        words = {"true": True, "false": False, "auto": "auto"}
+        try:
+            fields[field] = words[value] if value in words else float(value) if "." in value else int(value)
+        except ValueError:
+            raise ConfigError(f"{preset}({changes}): {value!r} is neither a number nor True, False or auto") from None
+    config = base.replace(**fields)
+    check_config(config)
+    return KVType(f"{preset}({','.join(f'{name}={value}' for name, value in fields.items())})", config)
 
 
 TAIL_SHARE = 8  # a tail that grows with the sequences takes at most one in so many cells of the context

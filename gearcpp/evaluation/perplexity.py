@@ -22,7 +22,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ..cache.kv_type import KVType, normalize_kv_type
+from ..cache.kv_type import KVType, normalize_kv_type, split_kv_types
 from ..cache.stats import gear_layers, llama_layers, summarize
 from ..errors import ConfigError, DataError, GearError, UnsupportedError
 from ..model_info import read_model_info
@@ -126,7 +126,7 @@ def parse_caches(text: str, settings: Settings, recorder: Any = None) -> list[Ca
     Raises:
         ConfigError: a name is unknown or given twice, or a tile is shorter than the ubatch.
     """
-    labels = [name.strip() for name in text.split(",") if name.strip()]
+    labels = split_kv_types(text)
     parsed = {label: parse_cache(label, settings.seed, recorder) for label in sorted(labels, key=_is_calibrated)}
     specs = [parsed[label] for label in labels]
     if not specs:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import llama_cpp
 
+from ..cache.kv_type import split_kv_types
 from ..errors import ConfigError, DataError
 from ..runtime.llama import Llama
 from .perplexity import REFERENCE, CacheSpec, parse_cache
@@ -30,7 +31,7 @@ def parse_specs(kv: str) -> list[CacheSpec]:
     Raises:
         ConfigError: a name is unknown.
     """
-    specs = [parse_cache(name) for name in kv.split(",") if name.strip()]
+    specs = [parse_cache(name) for name in split_kv_types(kv)]
     return [REFERENCE, *(spec for spec in specs if spec.kv_type != REFERENCE.kv_type)]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gearcpp.cache.kv_type import KVType, normalize_kv_type
+from gearcpp.cache.kv_type import KVType, normalize_kv_type, split_kv_types
 from gearcpp.cli import _options as options
 from gearcpp.cli import app
 from gearcpp.cli._model import resolve_model
@@ -39,7 +39,7 @@ def _numbers(text: str) -> list[int]:
 
 def _types(text: str) -> list[KVType]:
     """Comma-separated cache types, each once."""
-    types = list(dict.fromkeys(normalize_kv_type(part) for part in text.split(",")))
+    types = list(dict.fromkeys(normalize_kv_type(part) for part in split_kv_types(text)))
     for kv in types:
         if kv.method:
             raise typer.BadParameter(f"{kv.name} is a method in Python, which is slow and saves no memory: there is nothing to time")

@@ -94,6 +94,42 @@ def test_the_second_of_two_llama_cpps_in_a_process_is_refused(build: str, first:
     assert lines[2] == "goes on 1"
 
 
+# The context that llama.cpp's memory fit chooses for so much memory. The same device both times: with 16 bits its cache is plain f16.
+FIT = """
+import sys
+import xllamacpp, gearcpp.xllamacpp as gear
+model, bits = sys.argv[1], int(sys.argv[2])
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.port, params.warmup = model, 0, 1, 0, False
+params.n_batch = params.n_ubatch = 128
+params.cpuparams.n_threads = 1
+params.fit_params, params.fit_params_min_ctx = True, 256
+gear.use(params, {"bits_k": bits, "bits_v": bits})
+free = next(device["memory_free"] for device in xllamacpp.get_device_info() if device["name"] == "GEAR0")
+params.fit_params_target = [free - (10 << 20), *params.fit_params_target[1:]]
+server = xllamacpp.Server(params)
+print(gear.kv_stats()["layers"][0]["n_cell"], gear.kv_stats()["total"]["bytes"])
+"""
+
+
+@pytest.mark.parametrize("build", [INTERFACE_2, INTERFACE_3])
+def test_a_longer_context_fits_into_the_same_memory(build: str, builds: ModuleType, work: Path, bundled_model: Path) -> None:
+    installed = builds.Xllamacpp(build.split("==")[1], work, argparse.Namespace())
+    try:
+        installed.install()
+    except builds.NotInstalledError as error:
+        pytest.skip(f"{build}: {error}")
+    seen = {}
+    for bits in (16, 4):
+        command = [sys.executable, "-c", FIT, str(bundled_model), str(bits)]
+        status, stdout, stderr = builds.call(command, folder=work, environment={"PYTHONPATH": str(installed.folder)})
+        assert status == 0, stderr
+        seen[bits] = tuple(map(int, stdout.split()))
+    (n_f16, bytes_f16), (n_gear, bytes_gear) = seen[16], seen[4]
+    assert n_gear > 1.2 * n_f16
+    assert bytes_gear < 10 << 20 and bytes_f16 < 10 << 20
+
+
 def test_what_contradicts_gear_is_an_error_in_xllamacpp(builds: ModuleType, work: Path) -> None:
     installed = builds.Xllamacpp(INTERFACE_3.split("==")[1], work, argparse.Namespace())
     try:

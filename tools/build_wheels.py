@@ -8,7 +8,8 @@
 The compiler is zig's clang (the package ziglang), which has every glibc's symbols and so builds for an old one, and for another machine, without a
 container; its C++ library is linked in. Kernels of every level are in each wheel, and the machine decides at run time, as with any other build. There
 are no CUDA kernels. Each wheel is checked: auditwheel finds the platform that its name says, no C++ library is asked for, the plugin's entry points are
-there, and on this machine its best kernels run.
+there, and its kernels give what the scalar ones give: on this machine, and on the other under qemu where there is one (on Debian: qemu-user-static and
+libc6-arm64-cross).
 What builds (ziglang, auditwheel, scikit-build-core, cffi, ninja, cmake) is installed into an environment of its own.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,12 +94,17 @@ with open(sys.argv[1], "rb") as file:
 """
 
 
-LEVELS = """
-import ctypes, sys
-library = ctypes.CDLL(sys.argv[1])
-library.gear_simd_name.restype = ctypes.c_char_p
-print(*(name.decode() for name in iter((library.gear_simd_name(i) for i in range(9)).__next__, None)))
-"""
+def run_kernels(python: Path, folder: Path, library: str, machine: str) -> str:
+    """The kernel levels that tools/wheel_check.cpp ran, each against the scalar one; of another machine under qemu where that is here."""
+    program = folder / f"wheel_check-{machine}"
+    include, source = ROOT / "native/include", ROOT / "tools/wheel_check.cpp"
+    run(compiler(python, folder, machine), "-std=c++17", "-O1", f"-I{include}", source, library, f"-Wl,-rpath,{Path(library).parent}", "-o", program)
+    if machine == os.uname().machine:
+        return run(program).strip()
+    emulator, system = shutil.which(f"qemu-{machine}-static"), Path(f"/usr/{machine}-linux-gnu")
+    if not emulator or not system.exists():
+        return ""
+    return run(emulator, "-cpu", "max", "-L", system, program).strip()
 
 
 def check(python: Path, folder: Path, wheel: Path, machine: str) -> list[str]:
@@ -119,12 +126,10 @@ def check(python: Path, folder: Path, wheel: Path, machine: str) -> list[str]:
     for name in EXPORTED:
         if f"has {name}" not in found:
             problems.append(f"it does not export {name}")
-    if machine == os.uname().machine:
-        levels = run(python, "-c", LEVELS, library).split()
-        flags = Path("/proc/cpuinfo").read_text().split()
-        for level, flag in (("avx512vnni", "avx512_vnni"), ("avx2", "avx2"), ("neon", "asimddp")):
-            if flag in flags and level not in levels:
-                problems.append(f"this machine has {flag}, and only the kernels {', '.join(levels)} run")
+    levels = run_kernels(python, folder, library, machine)
+    print(f"{wheel.name}: kernels that ran: {levels or f'none, there is no qemu-{machine}-static and /usr/{machine}-linux-gnu'}")
+    if levels and levels.split()[0] == "scalar":
+        problems.append("none but the scalar kernels run")
     if found[0] != {"x86_64": "machine x64", "aarch64": "machine AArch64"}[machine]:
         problems.append(f"it is for {found[0]}")
     return problems

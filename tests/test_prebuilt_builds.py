@@ -15,6 +15,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 INTERFACE_2, INTERFACE_3, NODE = "xllamacpp==2026.9.11063", "xllamacpp==2026.10.11549", "node-llama-cpp==3.22.1"
+TOO_OLD = "xllamacpp==2026.4.8672"  # ggml 0.9.11, whose buffers have fewer functions
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,37 @@ def test_the_second_of_two_llama_cpps_in_a_process_is_refused(build: str, first:
     assert lines[0] == {"llama_cpp": "llama_cpp 1", "xllamacpp": "xllamacpp 1 12"}[first]
     assert lines[1].startswith("refused: ") and "two copies of ggml" in lines[1]
     assert lines[2] == "goes on 1"
+
+
+REFUSED = """
+import sys
+import xllamacpp, gearcpp, gearcpp.xllamacpp
+def parameters():
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.port, params.warmup = sys.argv[1], 256, 1, 0, False
+    params.cpuparams.n_threads = 1
+    return params
+try:
+    gearcpp.xllamacpp.use(parameters())
+except gearcpp.AbiError as error:
+    print(error)
+server = xllamacpp.Server(parameters())
+print(server.handle_completions({"prompt": "The", "n_predict": 1})["usage"]["completion_tokens"])
+"""
+
+
+def test_a_ggml_that_is_too_old_goes_on_without_the_plugin(builds: ModuleType, work: Path, bundled_model: Path) -> None:
+    installed = builds.Xllamacpp(TOO_OLD.split("==")[1], work, argparse.Namespace())
+    try:
+        installed.install()
+    except builds.NotInstalledError as error:
+        pytest.skip(f"{TOO_OLD}: {error}")
+    command = [sys.executable, "-c", REFUSED, str(bundled_model)]
+    status, stdout, stderr = builds.call(command, folder=work, environment={"PYTHONPATH": str(installed.folder)})
+    assert status == 0, stderr
+    message, n_tokens = stdout.splitlines()
+    assert "this ggml (version 0.9.11" in message and "gearcpp 0." in message and "Tested with ggml" in message
+    assert n_tokens == "1"
 
 
 # The context that llama.cpp's memory fit chooses for so much memory. The same device both times: with 16 bits its cache is plain f16.

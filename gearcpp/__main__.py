@@ -8,8 +8,16 @@ import sys
 def main() -> None:
     """The command: `gearcpp.cli.main`, whose imports take a while, in which Ctrl-C ends it as quietly as later."""
     try:
-        from gearcpp.cli import main as run
+        try:
+            from gearcpp.cli import main as run
+        except ModuleNotFoundError:
+            if sys.argv[1:] != ["plugin-path"]:
+                raise
+            # A wheel that was installed without what it depends on, for the library in it.
+            from gearcpp._native import library_path
 
+            print(library_path())
+            return
         run()
     except KeyboardInterrupt:
         sys.exit(130)

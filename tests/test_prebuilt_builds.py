@@ -15,6 +15,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 INTERFACE_2, INTERFACE_3, NODE = "xllamacpp==2026.9.11063", "xllamacpp==2026.10.11549", "node-llama-cpp==3.22.1"
+TOO_OLD = "xllamacpp==2026.4.8672"  # ggml 0.9.11, whose buffers have fewer functions
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,73 @@ def test_the_second_of_two_llama_cpps_in_a_process_is_refused(build: str, first:
     assert lines[0] == {"llama_cpp": "llama_cpp 1", "xllamacpp": "xllamacpp 1 12"}[first]
     assert lines[1].startswith("refused: ") and "two copies of ggml" in lines[1]
     assert lines[2] == "goes on 1"
+
+
+REFUSED = """
+import sys
+import xllamacpp, gearcpp, gearcpp.xllamacpp
+def parameters():
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.port, params.warmup = sys.argv[1], 256, 1, 0, False
+    params.cpuparams.n_threads = 1
+    return params
+try:
+    gearcpp.xllamacpp.use(parameters())
+except gearcpp.AbiError as error:
+    print(error)
+server = xllamacpp.Server(parameters())
+print(server.handle_completions({"prompt": "The", "n_predict": 1})["usage"]["completion_tokens"])
+"""
+
+
+def test_a_ggml_that_is_too_old_goes_on_without_the_plugin(builds: ModuleType, work: Path, bundled_model: Path) -> None:
+    installed = builds.Xllamacpp(TOO_OLD.split("==")[1], work, argparse.Namespace())
+    try:
+        installed.install()
+    except builds.NotInstalledError as error:
+        pytest.skip(f"{TOO_OLD}: {error}")
+    command = [sys.executable, "-c", REFUSED, str(bundled_model)]
+    status, stdout, stderr = builds.call(command, folder=work, environment={"PYTHONPATH": str(installed.folder)})
+    assert status == 0, stderr
+    message, n_tokens = stdout.splitlines()
+    assert "this ggml (version 0.9.11" in message and "gearcpp 0." in message and "Tested with ggml" in message
+    assert n_tokens == "1"
+
+
+# The context that llama.cpp's memory fit chooses for so much memory. The same device both times: with 16 bits its cache is plain f16.
+FIT = """
+import sys
+import xllamacpp, gearcpp.xllamacpp as gear
+model, bits = sys.argv[1], int(sys.argv[2])
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.port, params.warmup = model, 0, 1, 0, False
+params.n_batch = params.n_ubatch = 128
+params.cpuparams.n_threads = 1
+params.fit_params, params.fit_params_min_ctx = True, 256
+gear.use(params, {"bits_k": bits, "bits_v": bits})
+free = next(device["memory_free"] for device in xllamacpp.get_device_info() if device["name"] == "GEAR0")
+params.fit_params_target = [free - (10 << 20), *params.fit_params_target[1:]]
+server = xllamacpp.Server(params)
+print(gear.kv_stats()["layers"][0]["n_cell"], gear.kv_stats()["total"]["bytes"])
+"""
+
+
+@pytest.mark.parametrize("build", [INTERFACE_2, INTERFACE_3])
+def test_a_longer_context_fits_into_the_same_memory(build: str, builds: ModuleType, work: Path, bundled_model: Path) -> None:
+    installed = builds.Xllamacpp(build.split("==")[1], work, argparse.Namespace())
+    try:
+        installed.install()
+    except builds.NotInstalledError as error:
+        pytest.skip(f"{build}: {error}")
+    seen = {}
+    for bits in (16, 4):
+        command = [sys.executable, "-c", FIT, str(bundled_model), str(bits)]
+        status, stdout, stderr = builds.call(command, folder=work, environment={"PYTHONPATH": str(installed.folder)})
+        assert status == 0, stderr
+        seen[bits] = tuple(map(int, stdout.split()))
+    (n_f16, bytes_f16), (n_gear, bytes_gear) = seen[16], seen[4]
+    assert n_gear > 1.2 * n_f16
+    assert bytes_gear < 10 << 20 and bytes_f16 < 10 << 20
 
 
 def test_what_contradicts_gear_is_an_error_in_xllamacpp(builds: ModuleType, work: Path) -> None:

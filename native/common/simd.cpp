@@ -39,19 +39,44 @@ class level_list {
     int        n_ = 0;
 };
 
+#if defined(__x86_64__)
+
+// What the processor has and the system saves for each thread. Asked of the processor itself: not every compiler's run-time library answers
+// __builtin_cpu_supports (that of zig says no to everything).
+struct x86_features {
+    bool avx2 = false, avx512vnni = false; // with all that the kernels of these levels use besides
+
+    x86_features() {
+        unsigned a, b, c, d;
+        if (!__get_cpuid(1, &a, &b, &c, &d)) {
+            return;
+        }
+        constexpr unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29;
+        const bool         has_saves = (c & osxsave) != 0, has_f16 = (c & fma) && (c & f16c);
+        if (!has_saves || !has_f16 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+            return;
+        }
+        constexpr unsigned avx2_bit = 1u << 5, avx512f = 1u << 16, avx512dq = 1u << 17, avx512bw = 1u << 30, avx512vl = 1u << 31, vnni = 1u << 11;
+        constexpr unsigned avx512 = avx512f | avx512dq | avx512bw | avx512vl;
+        constexpr unsigned ymm = 0x06, zmm = 0xe6; // registers, in what xgetbv says is saved
+        unsigned           saved, high;
+        __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+        avx2       = (saved & ymm) == ymm && (b & avx2_bit);
+        avx512vnni = avx2 && (saved & zmm) == zmm && (b & avx512) == avx512 && (c & vnni);
+    }
+};
+
+#endif
+
 const level_list & available() {
     static const level_list levels = [] {
         level_list found;
 #if defined(__x86_64__)
-        __builtin_cpu_init();
-        unsigned   a, b, c = 0, d;
-        const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); // clang 14 has no name for it below
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
-        if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+        const x86_features has;
+        if (has.avx512vnni) {
             found.push_back({ simd_level::avx512vnni, "avx512vnni" });
         }
-        if (avx2) {
+        if (has.avx2) {
             found.push_back({ simd_level::avx2, "avx2" });
         }
 #elif defined(__aarch64__) && defined(__linux__)

@@ -14,7 +14,7 @@ def main() -> None:
             if sys.argv[1:] != ["plugin-path"]:
                 raise
             # A wheel that was installed without what it depends on, for the library in it.
-            from gearcpp._native import library_path
+            from gearcpp.native import library_path
 
             print(library_path())
             return

@@ -77,7 +77,7 @@ PRESETS: dict[str, GearConfig] = {
     "gear4": GearConfig(),
     # The fewer the codes, the more a group's extremes cost the others: below 4 bits they are clipped.
     "gear3": GearConfig(bits_k=3, bits_v=3, clip_k=0.95, clip_v=0.95),
-    "gear2": GearConfig(bits_k=2, bits_v=2, clip_k=0.8, clip_v=0.8),
+    "gear2": GearConfig(bits_k=2, bits_v=2, clip_k=0.85, clip_v=0.8),
     "gear-hi": GearConfig(bits_k=6, bits_v=5),
     "gear-l": GearConfig(rank_k=2, rank_v=2, factor_bits=4, rounds=3),
     "gear-l3": GearConfig(bits_k=3, bits_v=3, clip_k=0.95, clip_v=0.95, rank_k=2, rank_v=2, factor_bits=4, rounds=3),

@@ -366,8 +366,8 @@ class worker {
         }
         open(k, *p.op.k, s, tile, range);
         open(v, *p.op.v, s, tile, range);
-        announce(k, v, v.has_packed ? v.packed.tile : nullptr);
-        announce(v, k, tile + 1 < p.n_tile ? packed_tile(*p.op.k, s, tile + 1) : nullptr);
+        prefetch_next(k, v, v.has_packed ? v.packed.tile : nullptr);
+        prefetch_next(v, k, tile + 1 < p.n_tile ? packed_tile(*p.op.k, s, tile + 1) : nullptr);
         enter_bases(n_rows);
         for (int row = 0; row < n_rows; row += slice_rows) {
             const int n = std::min(slice_rows, n_rows - row);
@@ -381,7 +381,7 @@ class worker {
     }
 
     // Tell one side's kernels which tile of the other side comes next.
-    static void announce(side_tile & side, const side_tile & other, const uint8_t * next) {
+    static void prefetch_next(side_tile & side, const side_tile & other, const uint8_t * next) {
         const tile_layout * layout = other.packed.layout;
         side.packed.next           = next;
         side.packed.n_next         = next && layout ? layout->part.bytes : 0;
@@ -450,9 +450,9 @@ class worker {
         for (int i = 0; i < n; ++i) {
             const int        row  = first_row + i;
             const uint16_t * mask = p.params.mask ? mask_of(s, s.query + row / p.n_share, s.head * p.n_share + row % p.n_share, tile) : nullptr;
-            soften(row, scores + i * p.tile, mask, range);
+            softmax_row(row, scores + i * p.tile, mask, range);
         }
-        gather(first_row, n, range);
+        add_p_v(first_row, n, range);
     }
 
     // scores = q.K^T
@@ -474,7 +474,7 @@ class worker {
     }
 
     // Scores of one row become p; cells out of range get 0.
-    void soften(int row, float * score, const uint16_t * mask, const token_range & range) {
+    void softmax_row(int row, float * score, const uint16_t * mask, const token_range & range) {
         const float factor =
             kernels.softmax(score + range.first, range.last - range.first, p.params.softcap, mask ? mask + range.first : nullptr, slope[row], state[row]);
         std::fill(score, score + range.first, 0.0f);
@@ -488,7 +488,7 @@ class worker {
     }
 
     // out += p.V
-    void gather(int first_row, int n, const token_range & range) {
+    void add_p_v(int first_row, int n, const token_range & range) {
         const size_t     offset = first_row * p.out_stride;
         const const_rows all    = { scores, (size_t) p.tile, n };
         if (v.has_packed) {

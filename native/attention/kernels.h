@@ -90,7 +90,7 @@ struct attention_kernels {
     void (*exact_output)(const exact_rows & v, int d, const const_rows & p, const rows & out);
 
     // Raw scores of n cells become p; scores has room up to a multiple of 16, written over. softcap: 0 or the cap, the scores being divided by it already.
-    // mask: f16 [n] or nullptr; it is added slope times. Returns the factor by which the outputs gathered so far have to shrink (1: none).
+    // mask: f16 [n] or nullptr; it is added slope times. Returns the factor by which the outputs added up so far have to shrink (1: none).
     float (*softmax)(float * scores, int n, float softcap, const uint16_t * mask, float slope, softmax_state & state);
 
     // x *= factor

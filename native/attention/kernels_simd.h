@@ -1,7 +1,7 @@
 // kernels_simd.h - the kernels of attention for any vector level. A level's source file defines a struct V, its vectors and what they can do, in an
 // unnamed namespace (so that no two files share an instantiation) and takes its table from kernels_for<V>.
 //
-// Exact where the scalar reference is, but for one thing: the 8-bit products. The numbers x_i scale_gi of a row are counted in quanta, whole parts of the
+// Exact where the scalar reference is, but for one thing: the 8-bit products. The numbers x_i scale_gi of a row are counted in steps, whole parts of the
 // largest of them, and rounded: to one signed byte (q) or one unsigned byte (p, which is never negative) where that adds little to the error of the codes
 // themselves, else to 16 bits, w = 256 * high + low with high and low signed bytes. The bytes meet the codes in the instruction that multiplies bytes.
 //
@@ -166,15 +166,15 @@ template <class V> struct kernels_for {
     // Products with codes
     // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-    // n rows of x in quanta of their own, and as bytes against the codes of a lane group: y = quantum * (sum + constant). With two bytes to a number a
+    // n rows of x in steps of their own, and as bytes against the codes of a lane group: y = step * (sum + constant). With two bytes to a number a
     // row's high ones come before its low ones.
     template <int n_byte, int n> struct weights {
         alignas(64) uint8_t byte[n_byte * n][max_tile];
         alignas(64) float x[n][max_tile];
-        float quantum[n], constant[n];
+        float step[n], constant[n];
     };
 
-    // Into how many bytes the numbers of some rows go. A row has one quantum for all lane groups.
+    // Into how many bytes the numbers of some rows go. A row has one step for all lane groups.
     struct rounding {
         int   n_byte;
         float top[slice_rows]; // the largest magnitude of x times scale
@@ -186,7 +186,7 @@ template <class V> struct kernels_for {
     template <bool positive> static constexpr int most_bits_of_bytes = positive ? 6 : 7;
 
     // The squared error of a product: a code's error is uniform within a step, that is x^2 scale^2 / 12 for each depth; a byte's is uniform within a
-    // quantum and meets a code's distance from the middle, levels^2 / 16 on average, that is quantum^2 / 12 * levels^2 / 16 for each depth. One byte will
+    // step of x and meets a code's distance from the middle, levels^2 / 16 on average, that is step^2 / 12 * levels^2 / 16 for each depth. One byte will
     // do where the second is at most the allowed share of the first in every row.
     template <bool positive> static rounding choose_rounding(const prepared_tile & p, const const_rows & x) {
         const float ratio = (float) p.layout->levels / byte_levels<positive>, spread = ratio * ratio * p.layout->part.n_depth / 16;
@@ -207,12 +207,12 @@ template <class V> struct kernels_for {
         return r;
     }
 
-    // A quantum is the largest number's part by so many levels.
+    // A step of x is the largest number's part by so many levels.
     template <int n_byte, int n>
-    static void count_in_quanta(const prepared_tile & p, const const_rows & x, const float * top, int levels, weights<n_byte, n> & w) {
+    static void round_to_steps(const prepared_tile & p, const const_rows & x, const float * top, int levels, weights<n_byte, n> & w) {
         for (int i = 0; i < n; ++i) {
-            const bool any       = top[i] > 1e-30f; // all zero: any quantum will do
-            w.quantum[i]         = any ? top[i] / levels : 1.0f;
+            const bool any       = top[i] > 1e-30f; // all zero: any step will do
+            w.step[i]            = any ? top[i] / levels : 1.0f;
             const floats inverse = V::set(any ? levels / top[i] : 1.0f);
             for (int depth = 0; depth < p.depth_stride(); depth += lanes) {
                 V::store(w.x[i] + depth, V::mul(V::load(x.row(i) + depth), inverse));
@@ -355,11 +355,11 @@ template <class V> struct kernels_for {
             }
 #pragma GCC unroll 16
             for (int i = 0; i < n; ++i) {
-                const floats quantum = V::set(w.quantum[i]), constant = V::set(w.constant[i]);
+                const floats step = V::set(w.step[i]), constant = V::set(w.constant[i]);
                 for (int half = 0; half < 2; ++half) {
                     float *      to    = y.row(i) + 16 * half + lanes * piece;
                     const floats total = V::to_floats(n_byte == 1 ? sum[i][half] : V::join(sum[n_byte * i][half], sum[n_byte * i + n_byte - 1][half]));
-                    V::store(to, V::fma(V::add(total, constant), quantum, V::load(to)));
+                    V::store(to, V::fma(V::add(total, constant), step, V::load(to)));
                 }
             }
         }
@@ -368,7 +368,7 @@ template <class V> struct kernels_for {
     template <int bits, bool positive, int n_byte, int n>
     static void multiply_codes(const prepared_tile & p, const float * top, const const_rows & x, int first_lane, int last_lane, const rows & y) {
         weights<n_byte, n> w;
-        count_in_quanta(p, x, top, n_byte == 2 ? 127 * 256 : byte_levels<positive>, w);
+        round_to_steps(p, x, top, n_byte == 2 ? 127 * 256 : byte_levels<positive>, w);
         for (int lane = first_lane; lane < last_lane;) {
             const int group = lane / p.layout->group;
             weigh<positive>(p, group, w);

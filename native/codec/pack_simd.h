@@ -47,7 +47,7 @@ int first_code(const strip_shape & strip, int i_brick, int block) {
     return strip.is_k ? 16 * half * strip.n_column + quad_depths * i_brick + 4 * quad : 4 * quad * strip.n_column + 32 * i_brick + 16 * half;
 }
 
-void gather(const strip_shape & strip, const uint8_t * codes, int i_brick, brick & out) {
+void load_codes(const strip_shape & strip, const uint8_t * codes, int i_brick, brick & out) {
     for (int b = 0; b < n_block; ++b) {
         const uint8_t * from = codes + first_code(strip, i_brick, b);
         for (int lane = 0; lane < 16; ++lane) {
@@ -105,7 +105,7 @@ void read_lines(const plane_info & plane, const uint8_t * lines, brick & out) {
 void write_strip(const tile_layout & layout, const strip_shape & strip, int i_strip, const uint8_t * codes, uint8_t * tile) {
     for (int i_brick = 0; i_brick < strip.n_brick; ++i_brick) {
         brick all;
-        gather(strip, codes, i_brick, all);
+        load_codes(strip, codes, i_brick, all);
         for (int i = 0; i < layout.n_plane; ++i) {
             const plane_info & plane = layout.plane[i];
             write_lines(plane, all, tile + plane.offset + block_bytes * first_line(layout, plane, strip, i_strip, i_brick));

@@ -42,8 +42,8 @@ template <class Value> int greatest_within(float low, float estimate, int most, 
     return n;
 }
 
-// A group's range is settled: low and high are its ends, which take the last code not above the one and the first code not below the other.
-void settle(const group_coder & coder, int group, group_range range, float low, float high, int levels) {
+// A group gets its range: low and high are its ends, which take the last code not above the one and the first code not below the other.
+void store_range(const group_coder & coder, int group, group_range range, float low, float high, int levels) {
     const auto value     = [&](int code) { return range.zero + range.scale * (float) code; };
     coder.zero[group]    = range.zero;
     coder.scale[group]   = range.scale;
@@ -75,7 +75,7 @@ void code_range_16(const group_coder & coder, int group, int levels, uint8_t * s
     }
     store_half(scales, group, scale);
     store_half(zeros, group, zero);
-    settle(coder, group, { half_to_float(scale), half_to_float(zero) }, low, high, levels);
+    store_range(coder, group, { half_to_float(scale), half_to_float(zero) }, low, high, levels);
 }
 
 // What the groups of a set share with scale_bits 8.
@@ -129,7 +129,7 @@ void code_range_8(const set_range & set, const group_coder & coder, int group, i
     }
     scales[group] = (uint8_t) s;
     zeros[group]  = (uint8_t) z;
-    settle(coder, group, { set.scale(s, levels), set.zero(z) }, low, high, levels);
+    store_range(coder, group, { set.scale(s, levels), set.zero(z) }, low, high, levels);
 }
 
 // The groups of a set are every n_set-th one for K (token groups of a channel) and neighbours for V (tokens of a channel group).

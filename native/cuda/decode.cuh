@@ -250,14 +250,14 @@ template <int bits_k, int bits_v> struct decoder {
             score_exact();
         }
         __syncthreads();
-        soften(tile, n_cell);
+        softmax_rows(tile, n_cell);
         __syncthreads();
         shrink();
         if (v_exact) {
-            gather_exact();
+            add_p_v_exact();
         }
         if (v_packed) {
-            gather_packed(tile_v);
+            add_p_v_packed(tile_v);
         }
         __syncthreads();
     }
@@ -362,7 +362,7 @@ template <int bits_k, int bits_v> struct decoder {
     }
 
     // Scores become p, a warp a row.
-    __device__ void soften(int tile, int n_cell) {
+    __device__ void softmax_rows(int tile, int n_cell) {
         const gear_attention_params & params = args.params;
         for_each_warp(decode_rows, [&](int r, int lane) {
             float * score = s.p + r * s.p_stride;
@@ -419,7 +419,7 @@ template <int bits_k, int bits_v> struct decoder {
     }
 
     // out_exact += p.V over exact rows; then p of what is not packed becomes 0.
-    __device__ void gather_exact() {
+    __device__ void add_p_v_exact() {
         const int d = args.v.layout.d_head, n_pair = d / 2, n_team = decode_threads / n_pair, team = (int) threadIdx.x / n_pair;
         float     sum[decode_rows][2] = {};
         const int c                   = (int) threadIdx.x % n_pair;
@@ -456,7 +456,7 @@ template <int bits_k, int bits_v> struct decoder {
     }
 
     // 32 channels of it
-    __device__ __forceinline__ void gather_lanes(const uint8_t * tile, int lane_block, float (&sum)[2][4]) {
+    __device__ __forceinline__ void add_p_v_lanes(const uint8_t * tile, int lane_block, float (&sum)[2][4]) {
         const tile_layout & layout = args.v.layout;
         if (32 * lane_block >= layout.part.n_lane) {
             return;
@@ -476,10 +476,10 @@ template <int bits_k, int bits_v> struct decoder {
     }
 
     // out += p.V over the packed tile
-    __device__ __forceinline__ void gather_packed(const uint8_t * tile) {
+    __device__ __forceinline__ void add_p_v_packed(const uint8_t * tile) {
         const tile_layout & layout = args.v.layout;
-        gather_lanes(tile, warp(), out_a);
-        gather_lanes(tile, warp() + n_warp(), out_b);
+        add_p_v_lanes(tile, warp(), out_a);
+        add_p_v_lanes(tile, warp() + n_warp(), out_b);
         const int rank = layout.config.rank, n_outlier = layout.part.n_outlier;
         if (rank > 0) {
             for_each_warp(decode_rows * rank, [&](int i, int lane) { // p.a

@@ -87,7 +87,7 @@ template <class Value> __device__ inline int greatest_within(float low, float es
     return n;
 }
 
-__device__ inline void settle(const pack_scratch_device & w, int group, float scale, float zero, float low, float high, int levels) {
+__device__ inline void store_range(const pack_scratch_device & w, int group, float scale, float zero, float low, float high, int levels) {
     const auto value = [&](int code) { return zero + scale * (float) code; };
     w.zero[group]    = zero;
     w.scale[group]   = scale;
@@ -115,7 +115,7 @@ __device__ inline void code_range_16(const pack_scratch_device & w, int group, i
     }
     reinterpret_cast<uint16_t *>(scales)[group] = scale;
     reinterpret_cast<uint16_t *>(zeros)[group]  = zero;
-    settle(w, group, from_half(scale), from_half(zero), low, high, levels);
+    store_range(w, group, from_half(scale), from_half(zero), low, high, levels);
 }
 
 struct set_range_device {
@@ -163,7 +163,7 @@ __device__ inline void code_range_8(const set_range_device & set, const pack_scr
     }
     scales[group] = (uint8_t) s;
     zeros[group]  = (uint8_t) z;
-    settle(w, group, set.scale(s, levels), set.zero(z), low, high, levels);
+    store_range(w, group, set.scale(s, levels), set.zero(z), low, high, levels);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ _SIZES = {  # key without the family: least and most
     "vocab_size": (1, 2**27),
 }
 _REALS = {"attention.layer_norm_rms_epsilon": (0.0, 1.0), "attention.layer_norm_epsilon": (0.0, 1.0), "rope.freq_base": (0.0, 1e12)}
+_ALWAYS_ROTATED = ("gemma", "llama", "mistral", "olmo", "phi", "qwen", "smollm")  # families by the beginning of their names
 _MOST_TENSORS, _MOST_KEYS = 2**20, 2**20
 
 # Families that llama.cpp runs without a KV cache: nothing to compress, nothing to refuse.
@@ -327,6 +328,7 @@ class _Reader:
         default = n_embd // n_head[0] if n_head and n_head[0] else 0
         d_head = [self.number(f"attention.{name}_length", default) for name in ("key", "value")]
         d_head_swa = [self.number(f"attention.{name}_length_swa", d) for name, d in zip(("key", "value"), d_head, strict=True)]
+        self.check_rotated(max(d_head[0], d_head_swa[0]))
         is_swa = self.is_swa(n_layer) if d_head_swa != d_head else [False] * n_layer
         n_own = self.n_layers_with_own_cache(n_layer)
         n_main = n_layer - self.number("nextn_predict_layers")
@@ -337,6 +339,12 @@ class _Reader:
             for d_head_k, d_head_v in [d_head_swa if is_swa[il] else d_head]
             if n_head_kv[il] > 0
         )
+
+    def check_rotated(self, d_head: int) -> None:
+        """Raise DataError when the channels that RoPE turns are not pairs within a head: llama.cpp aborts, or goes round for ever."""
+        n_rot = self.get("rope.dimension_count")
+        if n_rot is not None and d_head and (n_rot % 2 or n_rot > d_head or (n_rot == 0 and self.arch.startswith(_ALWAYS_ROTATED))):
+            raise DataError(f"{self.file} is damaged: {self.arch}.rope.dimension_count is {n_rot}; heads of {d_head} turn an even number up to that")
 
     def is_swa(self, n_layer: int) -> list[bool]:
         """Layers with a sliding window, for the families that give those another head size: listed one by one, or all but every n-th."""

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import openai
 
+from gearcpp.cli._model import bundled_model
+
 PATIENCE = 120.0  # seconds after which something that should happen is taken to have failed
 
 
@@ -56,8 +58,9 @@ class Server:
 
 @contextmanager
 def serve(*arguments: str | Path) -> Iterator[Server]:
-    """`gearcpp serve` with these arguments. When it is stopped it must end by itself."""
-    command = [sys.executable, "-m", "gearcpp", "serve", "--port", "0", "-t", "1", *map(str, arguments)]
+    """`gearcpp serve` with these arguments, of the bundled model if they name none. When it is stopped it must end by itself."""
+    model = () if {"-m", "--config"} & {*map(str, arguments)} else ("-m", str(bundled_model()))
+    command = [sys.executable, "-m", "gearcpp", "serve", "--port", "0", "-t", "1", *model, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:

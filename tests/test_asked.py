@@ -241,4 +241,6 @@ def test_an_empty_text_to_embed(random_model: RandomModel) -> None:
             llm.embed(given)
     with pytest.raises(ConfigError, match="nothing to embed"):
         llm.embed([])
+    with pytest.warns(UserWarning, match="only the first 256 count"):
+        llm.embed("x" * 300)
     llm.close()

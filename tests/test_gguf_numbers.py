@@ -43,6 +43,9 @@ def changed(model: Path, folder: Path, name: str, value: int) -> Path:
         ("llama.attention.head_count", 2**31 - 1),
         ("llama.attention.head_count_kv", 2**32 - 1),
         ("llama.feed_forward_length", 2**32 - 1),
+        ("llama.rope.dimension_count", 0),
+        ("llama.rope.dimension_count", 31),
+        ("llama.rope.dimension_count", 1024),
         ("number of tensors", 2**62),
         ("number of keys", 2**62),
     ],
@@ -55,9 +58,10 @@ def test_numbers_that_no_model_has_are_refused_before_llama_cpp_sees_them(random
         Llama(path, n_ctx=256, verbose=False)
 
 
-def test_numbers_of_the_header_one_after_the_other(random_model: RandomModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_numbers_of_the_header_one_after_the_other(random_model: RandomModel, tmp_path: Path, family: str) -> None:
     """In a process of its own; GEARCPP_GGUF_EVERY=1 tries them all."""
-    model = random_model(shape=Shape(n_layer=1))
+    model = random_model(family, Shape(n_layer=1))
     done = subprocess.run([sys.executable, PROCESS, model, tmp_path, str(EVERY)], capture_output=True, text=True, check=True)
     *faults, last = [json.loads(line) for line in done.stdout.splitlines()]
     assert last["attempts"] > 20

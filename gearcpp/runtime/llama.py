@@ -8,6 +8,7 @@ import inspect
 import os
 import random
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,8 +214,11 @@ class Llama(llama_cpp.Llama):
         if not texts:
             raise ConfigError("there is nothing to embed")
         for i, text in enumerate(texts):
-            if not self.tokenize(text.encode("utf-8", "replace")):
+            n_tokens = len(self.tokenize(text.encode("utf-8", "replace")))
+            if not n_tokens:
                 raise ConfigError(f"text {i} to embed is empty: this model's tokenizer makes no token of it")
+            if n_tokens > self.n_batch:  # with truncate=False the parent refuses it
+                warnings.warn(f"text {i} to embed has {n_tokens} tokens: only the first {self.n_batch} count (n_batch)", stacklevel=2)
         with self._explained():
             return super().embed(input, *args, **kwargs)
 

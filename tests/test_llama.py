@@ -109,7 +109,7 @@ def test_our_llama_in_the_parents_place(random_model: RandomModel, monkeypatch: 
 def test_misspelt_arguments(random_model: RandomModel) -> None:
     with pytest.raises(ConfigError, match=r"'flash_atn' \(did you mean 'flash_attn'\?\)"):
         load(random_model(), flash_atn=True)
-    with pytest.raises(ConfigError, match="set gearcpp.Llama.lenient = True"):
+    with pytest.raises(ConfigError, match=r"set gearcpp\.Llama\.lenient = True"):
         load(random_model(), zzz=1)
 
 

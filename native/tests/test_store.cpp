@@ -397,6 +397,71 @@ void test_flush_packs_once() {
     CHECK(both.cache.stats().n_pack == n_pack);
 }
 
+// Whether two stores hold the same in the same form, and think their rows of the same age.
+bool are_alike(const store & a, const store & b) {
+    const int64_t         n_all = a.shape().n_cell * a.shape().n_stream;
+    std::vector<uint16_t> rows_a((size_t) (n_all * n_head * d_head)), rows_b(rows_a.size());
+    a.read(0, n_all, rows_a.data());
+    b.read(0, n_all, rows_b.data());
+    bool alike = rows_a == rows_b && a.stats().n_packed == b.stats().n_packed;
+    for (int stream = 0; stream < a.shape().n_stream; ++stream) {
+        const auto of_a = a.exact_cells(stream), of_b = b.exact_cells(stream);
+        alike = alike && a.clock(stream) == b.clock(stream) && of_a.size() == of_b.size();
+        for (size_t i = 0; alike && i < of_a.size(); ++i) {
+            alike = of_a[i].cell == of_b[i].cell && of_a[i].written_at == of_b[i].written_at;
+        }
+    }
+    return alike;
+}
+
+// Cells that are given up leave no trace: a stream goes on as one that never had them, and one without any is new.
+void test_given_up_cells_leave_no_trace() {
+    std::mt19937 random(check::seed());
+    const auto   shape = shape_of(10 * tile, 2, 24, 4, 16);
+    pair         fresh(shape, codec()), used(shape, codec());
+    const auto   write = [&](pair & both, int64_t cell, const std::vector<float> & rows) { CHECK(both.write(consecutive(cell, 16), rows, 2)); };
+    const auto   keep  = [&](pair & both, int64_t n) { // the first n cells of stream 0
+        std::vector<uint8_t> marked(2 * shape.n_cell);
+        std::fill_n(marked.begin(), n, (uint8_t) 1);
+        both.cache.keep(marked.data());
+    };
+    for (int64_t cell = 0; cell < shape.n_cell; cell += 16) { // earlier lives, in both streams
+        write(used, cell, rows_for(random, consecutive(cell, 16)));
+        write(used, shape.n_cell + cell, rows_for(random, consecutive(cell, 16)));
+    }
+    keep(used, 0);
+    CHECK(used.cache.stats().n_written == 0);
+    CHECK(are_alike(fresh.cache, used.cache));
+    for (int64_t cell = 0; cell < 8 * tile; cell += 16) {
+        const auto rows = rows_for(random, consecutive(cell, 16));
+        write(fresh, cell, rows);
+        write(used, cell, rows);
+        if (cell == 3 * tile || cell == 5 * tile + 16) {
+            write(used, cell + 16, rows_for(random, consecutive(cell, 16)));
+            write(used, shape.n_cell, rows_for(random, consecutive(cell, 16)));
+            keep(used, cell + 16);
+        }
+    }
+    CHECK(fresh.cache.stats().n_packed > 0);
+    CHECK(are_alike(fresh.cache, used.cache));
+    fresh.flush(2);
+    used.flush(2);
+    CHECK(are_alike(fresh.cache, used.cache));
+}
+
+// A pool that a large write made larger is a new store's again after clear().
+void test_clear_after_growth() {
+    std::mt19937 random(check::seed());
+    pair         fresh(shape_of(20 * tile, 1, 24, 0, 16), codec()), used(shape_of(20 * tile, 1, 24, 0, 16), codec());
+    CHECK(used.write(consecutive(0, 8 * tile), rows_for(random, consecutive(0, 8 * tile)), 2));
+    used.cache.clear();
+    for (int64_t cell = 0; cell < 12 * tile; cell += 16) {
+        const auto rows = rows_for(random, consecutive(cell, 16));
+        CHECK(fresh.write(consecutive(cell, 16), rows, 2) && used.write(consecutive(cell, 16), rows, 2));
+    }
+    CHECK(fresh.cache.room(0) == used.cache.room(0) && are_alike(fresh.cache, used.cache));
+}
+
 void test_statistics() {
     const auto        bytes = codec();
     const store_shape shape = shape_of(10 * tile + 1, 3, 16, 4, 8);
@@ -492,6 +557,8 @@ int main() {
     test_copy_into_used_store();
     test_streams_are_apart();
     test_flush_packs_once();
+    test_given_up_cells_leave_no_trace();
+    test_clear_after_growth();
     test_statistics();
     test_no_allocation();
     test_rows_of_halves();

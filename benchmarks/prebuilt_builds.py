@@ -153,9 +153,9 @@ def pip_install(folder: Path, *what: str, timeout: int = 600) -> None:
 
 def library() -> str:
     """The plugin."""
-    from gearcpp import _native
+    from gearcpp import native
 
-    return str(_native.library_path())
+    return str(native.library_path())
 
 
 class Build:

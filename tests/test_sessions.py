@@ -463,7 +463,7 @@ def test_files_that_cannot_be_read_or_written(llm: Llama, tmp_path: Path, monkey
 KILLED = """
 import os, sys, time
 from gearcpp import GearConfig, Llama
-llm = Llama(sys.argv[1], kv_type=GearConfig(tile=64, n_tail=32), n_ctx=1024, n_batch=64, verbose=False)
+llm = Llama(sys.argv[1], kv_type=GearConfig(tile=64, n_tail=32), n_ctx=1024, n_batch=64, seed=1, verbose=False)
 llm.eval(list(range(3, 203)))
 if sys.argv[3] == "wait":
     def fsync(_):  # everything is written, nothing is renamed

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstring>
 #include <dlfcn.h>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -452,18 +453,22 @@ void open(void * libllama, const void * caller) {
     first                                    = first ? first : only_ggml(loaded);
     find_functions(first ? all_of_one_ggml(first, loaded) : std::vector<void *>());
     prove();
-    memcpy(&opened_api, &api.ggml_init, sizeof opened_api);
+    void * proved;
+    memcpy(&proved, &api.ggml_init, sizeof proved);
     // As long as the process lives, there are pointers into ggml here: it must not be unloaded, not at the end either, when others still use it.
-    static auto & kept = *new std::vector<loaded_library>;
+    auto kept = std::make_unique<std::vector<loaded_library>>();
     for (const loaded_library & library : loaded) {
-        if (library.symbol("ggml_init") == opened_api) {
-            kept.push_back(library);
+        if (library.symbol("ggml_init") == proved) {
+            kept->push_back(library);
         }
     }
     if (is_report_wanted()) {
         fprintf(stderr, "gearcpp: version %s in ggml %s (commit %s), backend interface %d, %s\n", gear_version(), api.ggml_version(), api.ggml_commit(),
-                api_version, file_at(opened_api).c_str());
+                api_version, file_at(proved).c_str());
     }
+    static const auto * const for_ever = kept.release(); // nothing fails from here on
+    (void) for_ever;
+    opened_api = proved;
 }
 
 bool uses_gnu_openmp() {

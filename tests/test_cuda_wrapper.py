@@ -60,7 +60,7 @@ import test_cache_operations as operations
 gearcpp.model_params = functools.partial(gearcpp.model_params, **arguments.get("placement", {}))
 seen = {}
 for name, memory in arguments["scripts"]:
-    driver = operations.run_script(Path(arguments["model"]), operations.PACKED, getattr(operations, name), 7, **operations.MEMORIES[memory][2])
+    driver = operations.run_script(Path(arguments["model"]), operations.PACKED.replace(rotate_k=True), getattr(operations, name), 7, **operations.MEMORIES[memory][2])
     assert driver.most_packed > 0
     seen[name + ", " + memory] = np.array(driver.logits)
 np.savez(arguments["out"], **seen)
@@ -95,7 +95,7 @@ def use(driver, contexts):
         llama_cpp.llama_free(c["context"])
     return {name: np.array(c["logits"]) for name, c in contexts.items()}
 
-with operations.CacheDriver(arguments["model"], operations.PACKED) as driver:
+with operations.CacheDriver(arguments["model"], operations.PACKED.replace(rotate_k=True)) as driver:
     together = use(driver, [("a", 1), ("b", 2)])
     alone = {**use(driver, [("a", 1)]), **use(driver, [("b", 2)])}
 np.savez(arguments["out"], **{name + " together": x for name, x in together.items()}, **{name + " alone": x for name, x in alone.items()})

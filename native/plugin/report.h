@@ -1,6 +1,7 @@
 // report.h - lines on stderr about ggml and the KV cache, for who cannot ask: programs that load the plugin by GGML_BACKEND_PATH.
 #pragma once
 
+#include "cache/side_cache.h"
 #include "common/error.h"
 
 #include <vector>
@@ -16,7 +17,7 @@ template <class Buffer> void report_freed(Buffer & buffer) noexcept {
     if (is_report_wanted()) {
         guarded([&] {
             std::vector<gear_store_stats> all;
-            buffer.stats(all);
+            locked_use(buffer.memory(), [&] { buffer.stats(all); });
             report(all);
         });
     }

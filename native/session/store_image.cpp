@@ -223,8 +223,10 @@ store_image read_image(const input & in, const section & from) {
 
 void require_codec(const store_image & image, const tile_codec * codec) {
     if (image.tile_bytes != (codec ? codec->tile_bytes() : 0) || image.format != (codec ? codec->format() : 0)) {
-        fail(GEAR_ERROR_DATA, "layer %d %s: its tiles are of another cache configuration, or of a gearcpp that lays them out differently", image.shape.il,
-             image.shape.side == GEAR_SIDE_K ? "K" : "V");
+        fail(GEAR_ERROR_DATA,
+             "layer %d %s: its tiles are of another cache configuration, or of a gearcpp that lays them out differently; load it with the configuration "
+             "that it was saved with (presets before 0.2.0 had rotate_k=True)",
+             image.shape.il, image.shape.side == GEAR_SIDE_K ? "K" : "V");
     }
 }
 

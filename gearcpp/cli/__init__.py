@@ -16,7 +16,7 @@ import typer
 
 from gearcpp.errors import ConfigError, GearError
 
-COMMANDS = ("chat", "generate", "info", "bench", "perplexity", "evaluate", "convert", "serve")
+COMMANDS = ("chat", "generate", "info", "bench", "check", "perplexity", "evaluate", "convert", "serve")
 
 app = typer.Typer(
     name="gearcpp",

@@ -49,6 +49,7 @@ class Settings:
         seed: of GEAR's power iteration; None: the preset's.
         n_models: most models in memory at once, f16's among them. GEAR types beyond that cost another reading of the text by f16.
         like_llama: refuse what llama-perplexity refuses, and leave out the row of f16 against itself.
+        floor: measure f16 against itself, too.
     """
 
     n_ctx: int = 4096
@@ -58,6 +59,7 @@ class Settings:
     seed: int | None = None
     n_models: int = 2
     like_llama: bool = False
+    floor: bool = True
 
     @property
     def scored(self) -> range:
@@ -140,7 +142,7 @@ def parse_caches(text: str, settings: Settings, recorder: Any = None) -> list[Ca
                 f"{spec.kv_type.gear.tile}: use -ub {spec.kv_type.gear.tile} or less"
             )
     others = [spec for spec in specs if spec.kv_type != F16]
-    if settings.like_llama or settings.n_ubatch < 4 or not others:
+    if settings.like_llama or not settings.floor or settings.n_ubatch < 4 or not others:
         return others
     # Half of it would often give the same bits, as the kernels cut both into the same blocks.
     n_ubatch = settings.n_ubatch // 2 - 1

@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <cstring>
 #include <dlfcn.h>
-#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -456,19 +455,16 @@ void open(void * libllama, const void * caller) {
     void * proved;
     memcpy(&proved, &api.ggml_init, sizeof proved);
     // As long as the process lives, there are pointers into ggml here: it must not be unloaded, not at the end either, when others still use it.
-    auto kept = std::make_unique<std::vector<loaded_library>>();
     for (const loaded_library & library : loaded) {
         if (library.symbol("ggml_init") == proved) {
-            kept->push_back(library);
+            library.pin();
         }
     }
     if (is_report_wanted()) {
         fprintf(stderr, "gearcpp: version %s in ggml %s (commit %s), backend interface %d, %s\n", gear_version(), api.ggml_version(), api.ggml_commit(),
                 api_version, file_at(proved).c_str());
     }
-    static const auto * const for_ever = kept.release(); // nothing fails from here on
-    (void) for_ever;
-    opened_api = proved;
+    opened_api = proved; // nothing fails from here on
 }
 
 bool uses_gnu_openmp() {

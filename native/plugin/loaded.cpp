@@ -52,6 +52,10 @@ void * loaded_library::symbol(const char * name) const {
     return handle_ ? dlsym(handle_.get(), name) : nullptr;
 }
 
+void loaded_library::pin() const {
+    dlopen(path_.empty() ? nullptr : path_.c_str(), RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE); // the flag is the library's from now on
+}
+
 std::vector<loaded_library> loaded_libraries() {
     std::vector<loaded_library> libraries;
     for (const std::string & path : loaded_paths()) {

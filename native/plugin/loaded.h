@@ -19,6 +19,8 @@ class loaded_library {
     void *              symbol(const char * name) const;
     void *              handle() const { return handle_.get(); }
     const std::string & path() const { return path_; }
+    // It stays loaded as long as the process lives.
+    void                pin() const;
 
   private:
     std::string           path_;

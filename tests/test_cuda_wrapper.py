@@ -59,8 +59,9 @@ import numpy as np
 import test_cache_operations as operations
 gearcpp.model_params = functools.partial(gearcpp.model_params, **arguments.get("placement", {}))
 seen = {}
+packed = operations.PACKED.replace(rotate_k=True)
 for name, memory in arguments["scripts"]:
-    driver = operations.run_script(Path(arguments["model"]), operations.PACKED.replace(rotate_k=True), getattr(operations, name), 7, **operations.MEMORIES[memory][2])
+    driver = operations.run_script(Path(arguments["model"]), packed, getattr(operations, name), 7, **operations.MEMORIES[memory][2])
     assert driver.most_packed > 0
     seen[name + ", " + memory] = np.array(driver.logits)
 np.savez(arguments["out"], **seen)

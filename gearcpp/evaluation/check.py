@@ -104,6 +104,6 @@ def smallest(verdicts: Mapping[str, Verdict]) -> str | None:
 
 
 def own_text() -> bytes:
-    """A text that every installation has: code of this package and its docstrings, some 45 kB."""
+    """A text that every installation has: code of this package and its docstrings, some 42 kB."""
     here = Path(__file__).parent
     return b"\n".join((here / name).read_bytes() for name in ("perplexity.py", "calibration.py", "tasks.py"))

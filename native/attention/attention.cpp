@@ -621,9 +621,6 @@ void attention(const attention_op & op, const team & t, void * scratch) {
     const scratch_parts parts(p, t.nth, (uintptr_t) scratch);
     if (t.ith == 0) {
         new (parts.next_task) std::atomic<int>(0);
-        if (op.k_bases) {
-            op.k_bases->reserve(p.n_head_kv);
-        }
     }
     t.wait();
     if (op.k_bases) {

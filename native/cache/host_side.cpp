@@ -63,7 +63,11 @@ void host_side::change_store(const changer & f) {
 }
 
 attention_op attention_of(const gear_attention_params & params, const host_side & k, const host_side & v) {
-    return { params, &k.cells(), &v.cells(), k.layout(), v.layout(), default_rounding, bases_of(k.codec()) };
+    head_bases * const bases = bases_of(k.codec());
+    if (bases) {
+        bases->reserve(k.shape().n_head); // here, where memory may be short: the op itself runs in ggml's threads, which nothing may throw through
+    }
+    return { params, &k.cells(), &v.cells(), k.layout(), v.layout(), default_rounding, bases };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------

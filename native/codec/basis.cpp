@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace gear {
 
@@ -83,11 +84,10 @@ void choose_basis(const tile_layout & layout, const float * x, const uint8_t * w
 }
 
 void head_bases::reserve(int n_head) {
-    if (n_head > (int) heads_.size()) {
-        heads_.resize(n_head);
-    }
-    for (head_state & head : heads_) {
+    while ((int) heads_.size() < n_head) {
+        head_state head;
         head.square.resize(layout_.d_head);
+        heads_.push_back(std::move(head));
     }
 }
 

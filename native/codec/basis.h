@@ -36,7 +36,7 @@ class head_bases {
   public:
     explicit head_bases(const tile_layout & layout) : layout_(layout) {}
 
-    void reserve(int n_head); // before threads share it
+    void reserve(int n_head); // before threads share it: observe() does not allocate
     bool is_open(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty(); }
 
     // Queries that head `head` meets: q f32 [n, d], rows `stride` bytes apart. Nothing, once the basis is decided.

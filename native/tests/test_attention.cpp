@@ -554,6 +554,7 @@ void test_queries_choose_the_basis() {
         r.written = r.n_kv = config.tile;
         op seen(c, r);
         if (n_threads > 0) {
+            c.k.gear->bases()->reserve(c.s.n_head_kv);
             seen.run("scalar", n_threads, 0, c.k.gear->bases());
         }
         c.k.flush();

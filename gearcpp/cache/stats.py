@@ -19,6 +19,7 @@ KINDS = ("gear", "f16: window too small to gain", "f16: used by operations that 
 LLAMA_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5}
 
 _CELL_BYTES = 40  # position, shift and set of sequences of a cell (llama-kv-cells.h)
+ERRORS = ("error", "score_error", "worst_error", "worst_head")  # of gear_store_stats; None: nothing is known
 _SUMS = ("n_elements", "n_written", "n_packed", "n_exact", "n_pack", "bytes", "bytes_used", "bytes_tiles", "bytes_exact", "bytes_tables", "bytes_f16")
 
 
@@ -32,10 +33,30 @@ def gear_layers(stores: Iterable[dict[str, Any]], codec: CountedCodec | None = N
             "n_elements": store["n_cell"] * store["n_stream"] * store["n_head_kv"] * store["d_head"],
             "bytes": store["bytes_tiles"] + store["bytes_exact"] + store["bytes_tables"],
             "bytes_used": store["bytes_tiles_used"] + store["bytes_exact"] + store["bytes_tables"],
+            **_errors(store),
+            "stays_exact": bool(store["stays_exact"]),
             **(_codec_figures(store, codec) if codec else {}),
         }
         for store in stores
     ]
+
+
+def _errors(store: dict[str, Any]) -> dict[str, Any]:
+    """What packing did to a store's rows, by the fields of ERRORS."""
+    if store["worst_head"] < 0:
+        return dict.fromkeys(ERRORS)
+    return {name: None if math.isnan(store[name]) else store[name] for name in ERRORS}
+
+
+def worst(layers: Iterable[dict[str, Any]], side: str) -> dict[str, Any] | None:
+    """The entry of `gear_layers` for this side whose worst head is furthest off; None: nothing is known."""
+    known = [layer for layer in layers if layer["side"] == side and layer["worst_error"] is not None]
+    return max(known, key=lambda layer: layer["worst_error"], default=None)
+
+
+def _root_mean_square(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.sqrt(sum(value * value for value in known) / len(known)) if known else None
 
 
 def _codec_figures(store: dict[str, Any], codec: CountedCodec) -> dict[str, float]:
@@ -69,6 +90,8 @@ def llama_layers(kv: KVType, layers: Sequence[KVLayer], n_cell: int, n_written: 
             "bytes_tables": 0,
             "bytes_f16": n_elements * 2,
             "bits_per_element": LLAMA_BITS[cache_type],
+            **dict.fromkeys(ERRORS),
+            "stays_exact": False,
         }
         for layer in layers
         for side, d_head, cache_type in (("k", layer.d_head_k, kv.type_k), ("v", layer.d_head_v, kv.type_v))
@@ -104,6 +127,9 @@ def summarize(kv: KVType, layers: list[dict[str, Any]], scratch_bytes: int) -> d
     total["bits_per_element_all"] = total["bytes"] * 8 / n_elements
     total["packed_share"] = total["n_packed"] / max(total["n_written"], 1)
     total["scratch_bytes"] = scratch_bytes
+    total["score_error"] = _root_mean_square(layer["score_error"] for layer in layers)
+    total["value_error"] = _root_mean_square(layer["error"] for layer in layers if layer["side"] == "v")
+    total["n_stay_exact"] = sum(layer["stays_exact"] for layer in layers)
     if any("codec_bytes" in layer for layer in layers):
         n_coded = sum(layer["n_packed"] * layer["n_head_kv"] * layer["d_head"] for layer in layers)
         total["codec_bytes"] = sum(layer["codec_bytes"] for layer in layers)

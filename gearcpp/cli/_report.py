@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gearcpp.cache.stats import worst
 from gearcpp.cli._console import mib
 
 if TYPE_CHECKING:
@@ -54,4 +55,18 @@ def stats_lines(conversation: Conversation) -> list[str]:
         f"memory: {mib(total['bytes'])} for the whole context, {mib(total['bytes_used'])} in use; f16 would take {mib(total['bytes_f16'])}",
         f"packed: {total['packed_share']:.0%} of the rows, {total['bits_per_element']:.2f} bits per element; the others are exact (f16)",
         f"all counted, exact rows and bookkeeping too: {total['bits_per_element_all']:.2f} bits per element of the whole context",
+        *error_lines(llm.kv_stats()),
     ]
+
+
+def error_lines(stats: dict[str, Any]) -> list[str]:
+    """What packing did to the rows, by the cache's own estimate (`Llama.kv_stats`); nothing where nothing is known."""
+    total, layers = stats["total"], stats["layers"]
+    parts = []
+    if (k := worst(layers, "k")) and total["score_error"] is not None:
+        parts.append(f"scores {total['score_error']:.2f} nats (worst: layer {k['il']} head {k['worst_head']}, {k['worst_error']:.2f})")
+    if (v := worst(layers, "v")) and total["value_error"] is not None:
+        parts.append(f"values {total['value_error']:.1%} (worst: layer {v['il']} head {v['worst_head']}, {v['worst_error']:.1%})")
+    if total["n_stay_exact"]:
+        parts.append(f"{total['n_stay_exact']} of {len(layers)} tensors stay f16 from here on, because packing changes them too much")
+    return [f"error by its own estimate: {'; '.join(parts)}"] if parts else []

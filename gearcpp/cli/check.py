@@ -26,6 +26,7 @@ def check(
     kv: options.KvType = "gear",
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=1, metavar="N", help="Tokens to read.")] = 2048,
     threads: options.Threads = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also what the cache says of each layer: the error of scores and values.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the sentences.")] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw KL divergence over bits per element (PNG, SVG, PDF).")] = None,
     verbose: options.Verbose = False,
@@ -34,7 +35,7 @@ def check(
     check_plot(plot_file)
     from llama_cpp._logger import set_verbose
 
-    from gearcpp.evaluation.check import Verdict, judge, next_preset, own_text, smallest
+    from gearcpp.evaluation.check import Verdict, judge, layer_lines, next_preset, own_text, smallest
     from gearcpp.evaluation.perplexity import F16, Measurement, Row, Settings, parse_cache
     from gearcpp.evaluation.text import read_text
 
@@ -58,12 +59,17 @@ def check(
             verdicts[name] = judge(rows[-1])
             if not as_json:
                 typer.echo(str(verdicts[name]))
+                if layers and name == chosen.label:
+                    typer.echo("\n".join(layer_lines(rows[-1])))
         if not interrupted:
             name = next_preset(chosen.label, verdicts)
 
     best = smallest(verdicts)
     if as_json:
-        tried = [{**asdict(verdict), "outcome": verdict.outcome.name.lower(), "stands": verdict.stands} for verdict in verdicts.values()]
+        tried = [
+            {**asdict(verdict), "outcome": verdict.outcome.name.lower(), "stands": verdict.stands, "score_error": row.score_error, "layers": row.layers}
+            for verdict, row in zip(verdicts.values(), rows, strict=True)
+        ]
         record = {"model": str(path), "kv": chosen.label, "n_scored": measurement.n_scored, "complete": not interrupted, "smallest": best, "tried": tried}
         # nan is not JSON.
         typer.echo(json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None), indent=2))

@@ -98,6 +98,22 @@ def next_preset(chosen: str, verdicts: Mapping[str, Verdict]) -> str | None:
     return None
 
 
+def layer_lines(row: Row) -> list[str]:
+    """What the cache says of its layers: root mean square errors, of scores in nats and of values as a share of their size, with the worst head's."""
+    lines = []
+    for il in sorted({layer["il"] for layer in row.layers}):
+        parts = []
+        for layer in row.layers:
+            error = layer["score_error"] if layer["side"] == "k" else layer["error"]
+            if layer["il"] == il and error is not None:
+                figures = f"{error:.3f} nats" if layer["side"] == "k" else f"{error:.1%}"
+                most = f"{layer['worst_error']:.3f}" if layer["side"] == "k" else f"{layer['worst_error']:.1%}"
+                stays = ", stays f16 from then on" if layer["stays_exact"] else ""
+                parts.append(f"{'scores' if layer['side'] == 'k' else 'values'} {figures} (head {layer['worst_head']}: {most}{stays})")
+        lines.append(f"  layer {il}: {'; '.join(parts) or 'nothing is known'}")
+    return lines
+
+
 def smallest(verdicts: Mapping[str, Verdict]) -> str | None:
     """The smallest preset that was tried and stands; None: none did."""
     return next((name for name in LADDER if name in verdicts and verdicts[name].stands), None)

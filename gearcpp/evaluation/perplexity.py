@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache.kv_type import KVType, normalize_kv_type, split_kv_types
-from ..cache.stats import gear_layers, llama_layers, summarize
+from ..cache.stats import ERRORS, gear_layers, llama_layers, summarize
 from ..errors import ConfigError, DataError, GearError, UnsupportedError
 from ..model_info import read_model_info
 from ..runtime.context import Batch, Context, Model
@@ -265,6 +265,9 @@ class Row:
         packed_share: of the keys and values that a scored query sees, the share that it reads packed; None for f16.
         n_tail, n_sink: rows that stay exact; None for llama.cpp's own types.
         summary: the figures.
+        layers: what packing did to K and V of each layer by the cache's own estimate, from `Llama.kv_stats`: il, side, error, score_error, worst_head,
+            worst_error, stays_exact. Of the last chunk.
+        score_error: that of all K, root mean square in nats; None: nothing is known.
     """
 
     label: str
@@ -273,6 +276,8 @@ class Row:
     n_tail: int | None
     n_sink: int | None
     summary: Summary
+    layers: tuple[dict[str, Any], ...] = ()
+    score_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, the summary's among them."""
@@ -282,6 +287,7 @@ class Row:
             "packed_share": self.packed_share,
             "n_tail": self.n_tail,
             "n_sink": self.n_sink,
+            "score_error": self.score_error,
             **self.summary.to_dict(),
         }
 
@@ -294,12 +300,15 @@ class _Line:
     bits_per_element: float = math.nan
     tally: Tally = field(default_factory=Tally)
     packed_shares: list[float] = field(default_factory=list)  # of each scored query
+    stats: dict[str, Any] = field(default_factory=dict)  # as `Llama.kv_stats`, the last
 
     def row(self) -> Row:
         gear = self.spec.kv_type.gear
         share = float(np.mean(self.packed_shares)) if self.packed_shares else None
         n_tail, n_sink = (gear.n_tail, gear.n_sink) if gear else (None, None)
-        return Row(self.spec.label, self.bits_per_element, share, n_tail, n_sink, self.tally.summary())
+        layers = tuple({name: layer[name] for name in ("il", "side", *ERRORS, "stays_exact")} for layer in self.stats.get("layers", ()))
+        score_error = self.stats["total"]["score_error"] if self.stats else None
+        return Row(self.spec.label, self.bits_per_element, share, n_tail, n_sink, self.tally.summary(), layers, score_error)
 
 
 @dataclass(frozen=True)
@@ -427,7 +436,7 @@ class Measurement:
         tallies = [line.tally for line in lines]
         compare(logits[0], logits[1:], chunk[positions + 1], tallies[0], tallies[1:])
         for context, line in zip(contexts, lines, strict=True):
-            stats = context.cache_stats(end)
+            stats = line.stats = context.cache_stats(end)
             line.bits_per_element = stats["total"].get("codec_bits_per_element", stats["total"]["bits_per_element"])
             line.packed_shares += packed_shares(line.spec.kv_type, stats, n_later=end - 1 - positions)
 

@@ -589,7 +589,7 @@ void observe_queries(const plan & p, const team & t) {
         }
         for (int stream = 0; stream < params.n_stream; ++stream) {
             const float * q = at_bytes(params.q, head * params.q_stride[1] + stream * params.q_stride[2]);
-            p.op.k_bases->observe(head / p.n_share, q, params.n_query, params.q_stride[0]);
+            p.op.k_bases->observe(head / p.n_share, q, params.n_query, params.q_stride[0], params.scale);
         }
     }
 }

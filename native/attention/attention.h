@@ -24,7 +24,7 @@ struct attention_op {
     const tile_layout *   k_layout; // nullptr: the store's tiles are plain f16 [T, d] (callback codec), or it has none
     const tile_layout *   v_layout;
     float                 rounding = default_rounding;
-    head_bases *          k_bases  = nullptr; // where the queries are noted that K's basis is chosen by; has room for all heads
+    head_bases *          k_bases  = nullptr; // where the queries are noted that K's basis and errors go by; has room for all heads
 };
 
 // Scratch of one op for a team of nth threads.

@@ -15,7 +15,7 @@ namespace gear {
 
 gear_tile_codec::gear_tile_codec(const gear_config & config, gear_side side, int d_head)
     : layout_(make_layout(config, side, d_head)), seed_(config.seed),
-      bases_(layout_.config.rotate == rotate_weighted ? std::make_unique<head_bases>(layout_) : nullptr) {}
+      bases_(side == GEAR_SIDE_K || layout_.config.rotate == rotate_weighted ? std::make_unique<head_bases>(layout_) : nullptr) {}
 
 size_t gear_tile_codec::tile_bytes() const {
     return (size_t) layout_.part.bytes;
@@ -48,6 +48,10 @@ void gear_tile_codec::forget() const {
     if (bases_) {
         bases_->forget();
     }
+}
+
+const double * gear_tile_codec::score_weights(int head) const {
+    return bases_ ? bases_->score_weights(head) : nullptr;
 }
 
 bool gear_tile_codec::repack(int head, int64_t, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,

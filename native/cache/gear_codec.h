@@ -22,6 +22,8 @@ class gear_tile_codec final : public tile_codec {
     void                learn(int head, const float * x, const uint8_t * written) const override;
     void                adopt(int head, const uint8_t * tile) const override;
     void                forget() const override;
+    bool                measures_error() const override { return true; }
+    const double *      score_weights(int head) const override;
     // Where attention reports the queries of K's heads; nullptr: nothing is learned from them.
     head_bases *        bases() const { return bases_.get(); }
     bool     repack(int head, int64_t first_cell, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,
@@ -34,7 +36,7 @@ class gear_tile_codec final : public tile_codec {
   private:
     tile_layout                 layout_;
     uint32_t                    seed_;
-    std::unique_ptr<head_bases> bases_; // with rotate 2
+    std::unique_ptr<head_bases> bases_; // K's, and V's with rotate 2
 };
 
 // Where attention reports the queries that a side's heads meet; nullptr where nothing is learned from them.

@@ -91,7 +91,7 @@ void head_bases::reserve(int n_head) {
     }
 }
 
-void head_bases::observe(int head, const float * q, int64_t n, int64_t stride) {
+void head_bases::observe(int head, const float * q, int64_t n, int64_t stride, float scale) {
     if (!is_open(head)) {
         return;
     }
@@ -104,12 +104,13 @@ void head_bases::observe(int head, const float * q, int64_t n, int64_t stride) {
         }
     }
     state.n += n;
+    state.scale = scale;
 }
 
 void head_bases::decide(int head, const float * x, const uint8_t * written) {
     reserve(head + 1);
     head_state & state = heads_[head];
-    if (!state.basis.empty()) {
+    if (state.is_decided) {
         return;
     }
     std::vector<double> mean = state.square;
@@ -117,13 +118,23 @@ void head_bases::decide(int head, const float * x, const uint8_t * written) {
         square /= std::max<double>(1, (double) state.n);
     }
     const bool is_known = *std::max_element(mean.begin(), mean.end()) > 0;
-    state.basis.resize(basis_bytes(layout_.d_head));
-    choose_basis(layout_, x, written, is_known ? mean.data() : nullptr, state.basis.data());
+    if (layout_.config.rotate == rotate_weighted && state.basis.empty()) {
+        std::vector<uint8_t> basis(basis_bytes(layout_.d_head));
+        choose_basis(layout_, x, written, is_known ? mean.data() : nullptr, basis.data());
+        state.basis = std::move(basis);
+    }
+    if (is_known) {
+        for (double & square : mean) {
+            square *= (double) state.scale * state.scale;
+        }
+        state.weight = std::move(mean);
+    }
+    state.is_decided = true;
 }
 
 void head_bases::adopt(int head, const uint8_t * tile) {
     reserve(head + 1);
-    if (heads_[head].basis.empty()) {
+    if (layout_.part.basis >= 0 && heads_[head].basis.empty()) {
         heads_[head].basis.assign(tile + layout_.part.basis, tile + layout_.part.basis + basis_bytes(layout_.d_head));
     }
 }

@@ -10,6 +10,10 @@
 // Where no query was seen, q_c = 1 / s_c is taken: each channel then keeps the relative error that it has without a rotation.
 //
 // A tile carries its basis (tile.h), so that nothing else has to be kept with it; the tiles of a head share one, and attention turns a query once.
+//
+// The same queries say what an error of K does. A score's error is scale q.e with e = x - x^; over the queries met, E (scale q.e)^2 = scale^2 e^T E[q q^T]
+// e, of which rounding, whose signs know nothing of q, keeps the diagonal: sum_c weight_c e_c^2 with weight_c = scale^2 E[q_c^2]. Its root is in nats, the
+// unit of the softmax's exponent.
 #pragma once
 
 #include "codec/tile.h"
@@ -31,29 +35,35 @@ void load_weights(const uint8_t * basis, int d, float * w);
 // The weights for rows such as x f32 [T, d], of which written u8 [T] (nullptr: all) count.   query_square f64 [d]: mean of q_c^2, nullptr: not known
 void choose_basis(const tile_layout & layout, const float * x, const uint8_t * written, const double * query_square, uint8_t * basis);
 
-// What a store's heads are coded in, and what is learned until that is decided. Different heads may be used by different threads at once.
+// What a store's heads are coded in, what their errors weigh, and what is learned until that is decided. Different heads may be used by different threads
+// at once.
 class head_bases {
   public:
     explicit head_bases(const tile_layout & layout) : layout_(layout) {}
 
     void reserve(int n_head); // before threads share it: observe() does not allocate
-    bool is_open(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty(); }
+    bool is_open(int head) const { return head >= (int) heads_.size() || !heads_[head].is_decided; }
 
-    // Queries that head `head` meets: q f32 [n, d], rows `stride` bytes apart. Nothing, once the basis is decided.
-    void observe(int head, const float * q, int64_t n, int64_t stride);
-    // Decide by the first tile to be packed. Nothing, once the basis is decided.
+    // Queries that head `head` meets: q f32 [n, d], rows `stride` bytes apart, and what their scores are multiplied by. Nothing, once all is decided.
+    void observe(int head, const float * q, int64_t n, int64_t stride, float scale);
+    // Decide by the first tile to be packed. Nothing, once all is decided; a basis that was adopted stays.
     void decide(int head, const float * x, const uint8_t * written);
     // Take over the basis of a packed tile that comes from elsewhere, if none is decided.
     void adopt(int head, const uint8_t * tile);
     void forget() { heads_.clear(); }
 
-    const uint8_t * basis(int head) const { return is_open(head) ? nullptr : heads_[head].basis.data(); }
+    const uint8_t * basis(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty() ? nullptr : heads_[head].basis.data(); }
+    // f64 [d] weight_c above; nullptr: no query was met
+    const double *  score_weights(int head) const { return is_open(head) || heads_[head].weight.empty() ? nullptr : heads_[head].weight.data(); }
 
   private:
     struct head_state {
         std::vector<double>  square; // [d] sum of q_c^2
-        int64_t              n = 0;
-        std::vector<uint8_t> basis; // [d / 2], empty: open
+        int64_t              n          = 0;
+        float                scale      = 1; // of a score
+        bool                 is_decided = false;
+        std::vector<uint8_t> basis;  // [d / 2], empty: none (rotate 0 and 1), or open
+        std::vector<double>  weight; // [d], empty: not known
     };
     tile_layout             layout_;
     std::vector<head_state> heads_;

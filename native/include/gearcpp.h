@@ -198,6 +198,12 @@ typedef struct gear_store_stats {
     int64_t bytes_tables;     // bookkeeping
     int64_t bytes_f16;        // what plain f16 would take
     double  bits_per_element; // of a packed tile, everything in it counted
+    // What packing did to the rows packed so far (native/store/store.h); NaN where nothing is known. Not measured on a GPU.
+    double  error;       // root mean square of x - x^ over that of x
+    double  score_error; // K: root mean square error of a score, in nats, by the queries that were met before the first tile was packed
+    double  worst_error; // of the worst head: K's score_error, V's error
+    int32_t worst_head;  // -1: nothing is known
+    int32_t stays_exact; // 1: a head's error went over the bound, and rows stay exact from then on
 } gear_store_stats;
 
 // q.K^T, mask, soft-cap, softmax, p.V for one op. Strides are in bytes. All as ggml's FLASH_ATTN_EXT defines them.

@@ -363,6 +363,7 @@ void kv_buffer::stats(std::vector<gear_store_stats> & out) {
                 s.bytes_exact           = (int64_t) tensor->space.size();
                 s.bytes_f16             = (int64_t) tensor->space.size();
                 s.bits_per_element      = 16;
+                s.worst_head            = -1;
             }
             s.il   = tensor->il;
             s.side = tensor->side;

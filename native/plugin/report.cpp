@@ -30,4 +30,13 @@ void report(const std::vector<gear_store_stats> & cache) {
             n_gear, cache.size(), most_cells, most_written, most_packed, tiles, bytes, f16);
 }
 
+void report_error(const gear_store_stats & side) {
+    const bool is_k = side.side == GEAR_SIDE_K;
+    fprintf(stderr, "gearcpp: layer %d %s: packing changes %s of head %d by %.2g%s; %s\n", side.il, is_k ? "K" : "V", is_k ? "scores" : "values",
+            side.worst_head, side.worst_error, is_k ? " nats" : " of their size",
+            side.stays_exact
+                ? "its new rows stay f16 from here on. Take more bits for this model (gearcpp check)"
+                : "there is no memory to keep its rows as f16, so they are packed all the same. Take more bits for this model (gearcpp check)");
+}
+
 } // namespace gear

@@ -12,6 +12,9 @@ namespace gear {
 bool is_report_wanted();
 void report(const std::vector<gear_store_stats> & cache);
 
+// A side that codes a head too badly: what was done about it.
+void report_error(const gear_store_stats & side);
+
 // A buffer that is being freed, while it can still say what it holds.
 template <class Buffer> void report_freed(Buffer & buffer) noexcept {
     if (is_report_wanted()) {

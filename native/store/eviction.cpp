@@ -4,6 +4,7 @@
 #include "store/store.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace gear {
@@ -16,8 +17,8 @@ thread_local aligned_buffer scratch_of_thread;
 } // namespace
 
 size_t store::scratch_bytes() const {
-    const size_t x = (size_t) shape_.tile * shape_.d_head * sizeof(float);
-    return codec_ ? padded(x) + 2 * padded(shape_.tile) + padded(tile_bytes()) + padded(codec_->scratch_bytes()) : 0;
+    const size_t x = (size_t) shape_.tile * shape_.d_head * sizeof(float), row_scratch = (size_t) 3 * shape_.d_head * sizeof(float);
+    return codec_ ? padded(x) + 2 * padded(shape_.tile) + padded(tile_bytes()) + padded(row_scratch) + padded(codec_->scratch_bytes()) : 0;
 }
 
 pack_scratch store::scratch() const {
@@ -27,7 +28,8 @@ pack_scratch store::scratch() const {
     parts.written     = data + padded((size_t) shape_.tile * shape_.d_head * sizeof(float));
     parts.kept        = parts.written + padded(shape_.tile);
     parts.tile        = parts.kept + padded(shape_.tile);
-    parts.codec       = parts.tile + padded(tile_bytes());
+    parts.row         = (float *) (parts.tile + padded(tile_bytes()));
+    parts.codec       = (uint8_t *) parts.row + padded((size_t) 3 * shape_.d_head * sizeof(float));
     return parts;
 }
 
@@ -123,6 +125,56 @@ bool store::encode(int index, int64_t tile, int head, const uint8_t * marked, co
                    : codec_->pack(head, global, parts.x, parts.written, target, parts.codec);
 }
 
+// What became of the rows that a tile was packed from and that are still in the pool.   packed: the head's tile
+head_error store::measure(int index, int64_t tile, int head, const uint8_t * packed) const {
+    const stream_state & stream = streams_[index];
+    const int            d_head = shape_.d_head;
+    const pack_scratch   parts  = scratch();
+    float *const exact = parts.row, *const square = exact + d_head, *const size = square + d_head; // sums of a channel: (x - x^)^2, x^2
+    head_error sum;
+    std::fill(square, square + 2 * d_head, 0.0f);
+    codec_->unpack(packed, parts.x, parts.codec);
+    for (int token = 0; token < n_token(tile); ++token) {
+        const int64_t cell = first_cell(tile) + token;
+        if (cell < shape_.n_sink || stream.slot[cell] < 0) {
+            continue;
+        }
+        const float * x_hat = parts.x + (size_t) token * d_head;
+        half_to_float(row_data(index, stream.slot[cell]) + (size_t) head * d_head, exact, d_head);
+        for (int c = 0; c < d_head; ++c) {
+            square[c] += (exact[c] - x_hat[c]) * (exact[c] - x_hat[c]);
+            size[c] += exact[c] * exact[c];
+        }
+        sum.n_row += 1;
+    }
+    const double * weight = codec_->score_weights(head);
+    for (int c = 0; c < d_head; ++c) {
+        sum.squares += square[c];
+        sum.of += size[c];
+        sum.scores += weight ? weight[c] * square[c] : 0;
+    }
+    sum.n_score = weight ? sum.n_row : 0;
+    return sum;
+}
+
+// Thread 0, after the tiles of a write were packed.
+void store::note_errors() {
+    const size_t n = std::min<size_t>(victims_.size(), n_measured);
+    for (size_t i = 0; i < n * errors_.size(); ++i) {
+        head_error &       sum   = errors_[i % errors_.size()];
+        const head_error & fresh = fresh_errors_[i];
+        if (!std::isfinite(fresh.of + fresh.squares + fresh.scores)) {
+            continue; // a row that is no number says nothing
+        }
+        sum.add(fresh);
+    }
+    const bool is_beyond =
+        std::any_of(errors_.begin(), errors_.end(), [&](const head_error & of) { return of.root(shape_.side) > most_error(shape_.side); });
+    if (is_beyond && outlook_ == outlook::packs) {
+        outlook_ = outlook::should_stay_exact;
+    }
+}
+
 // Before the first tile is packed, one thread shows it to the codec: what it learns then does not depend on the number of threads.
 void store::teach(int index, int64_t tile, const uint8_t * marked, const uint16_t * changed) const {
     for (int head = 0; head < shape_.n_head; ++head) {
@@ -163,11 +215,15 @@ void store::pack_victims(const team & t) {
                      name_of(shape_), head, (long long) first_cell(v.tile), v.stream);
             }
             memcpy(tile_data(v.stream, v.tile, head), fresh, tile_bytes());
+            if (!errors_.empty() && job / shape_.n_head < n_measured) {
+                fresh_errors_[job] = measure(v.stream, v.tile, head, fresh);
+            }
         });
     }
 }
 
 void store::release_victims() {
+    note_errors();
     for (const victim & v : victims_) {
         stream_state & stream = streams_[v.stream];
         mark_packed(v.stream, v.tile);

@@ -88,6 +88,10 @@ store::store(const store_shape & shape, std::shared_ptr<const tile_codec> codec)
     for (stream_state & stream : streams_) {
         stream.reset(shape.tile, shape.n_cell, n_row_);
     }
+    if (codec_ && codec_->measures_error()) {
+        errors_.resize(shape.n_head);
+        fresh_errors_.resize((size_t) n_measured * shape.n_head);
+    }
     candidate_of_.assign(n_tile_, -1);
     candidates_.reserve(n_tile_);
     victims_.reserve((size_t) shape.n_stream * n_tile_);
@@ -227,8 +231,8 @@ void store::keep(const uint8_t * marked) {
         }
         stream.clock -= (int64_t) gone.size();
     }
-    if (is_empty && codec_) {
-        codec_->forget();
+    if (is_empty) {
+        clear();
     }
     allowance_nth_ = 0; // what the team was told holds no more
 }
@@ -237,6 +241,9 @@ void store::clear() {
     if (is_empty_) {
         return;
     }
+    if (outlook_ == outlook::stays_exact) {
+        pool_.discard();
+    }
     n_row_         = n_row_of(shape_, codec_ != nullptr, shape_.n_ubatch); // a pool that grew is a new store's again
     n_row_most_    = shape_.n_ubatch;
     allowance_nth_ = 0;
@@ -244,10 +251,17 @@ void store::clear() {
         stream.reset(shape_.tile, shape_.n_cell, n_row_);
     }
     tiles_.discard();
+    forget();
+    is_empty_ = true;
+}
+
+// What was learned of rows that are gone.
+void store::forget() {
+    std::fill(errors_.begin(), errors_.end(), head_error());
+    outlook_ = outlook::packs;
     if (codec_) {
         codec_->forget();
     }
-    is_empty_ = true;
 }
 
 void store::copy_stream(int from, const store & source, int to) {
@@ -264,6 +278,10 @@ void store::copy_stream(int from, const store & source, int to) {
         return;
     }
     enlarge_pool(std::max(n_row_most_, source.n_row_most_));
+    if (source.n_row_ > n_row_) { // only of a side that stays exact
+        resize_pool(source.n_row_);
+        outlook_ = source.outlook_;
+    }
     stream_state &       target = streams_[to];
     const stream_state & origin = source.streams_[from];
 
@@ -325,11 +343,25 @@ gear_store_stats store::stats() const {
             stats.bytes_tiles_used += tile.n_in_tile > 0 ? shape_.n_head * tile_bytes() : 0;
         }
     }
-    stats.n_written        = stats.n_exact + stats.n_packed;
-    stats.bytes_tiles      = tiles_.size();
-    stats.bytes_exact      = pool_.size();
-    stats.bytes_tables     = table_bytes(shape_, n_row_);
-    stats.bytes_f16        = shape_.n_stream * shape_.n_cell * row_bytes(shape_);
+    stats.n_written    = stats.n_exact + stats.n_packed;
+    stats.bytes_tiles  = tiles_.size();
+    stats.bytes_exact  = shape_.n_stream * n_row_ * row_bytes(shape_);
+    stats.bytes_tables = table_bytes(shape_, n_row_);
+    stats.bytes_f16    = shape_.n_stream * shape_.n_cell * row_bytes(shape_);
+    stats.stays_exact  = outlook_ == outlook::stays_exact;
+    head_error sum;
+    stats.worst_head  = -1;
+    stats.worst_error = std::numeric_limits<double>::quiet_NaN();
+    for (size_t head = 0; head < errors_.size(); ++head) {
+        const head_error & of = errors_[head];
+        sum.add(of);
+        if (of.root(shape_.side) > (stats.worst_head < 0 ? -1.0 : stats.worst_error)) {
+            stats.worst_head  = (int32_t) head;
+            stats.worst_error = of.root(shape_.side);
+        }
+    }
+    stats.error            = sum.relative();
+    stats.score_error      = sum.score();
     stats.bits_per_element = codec_ ? 8.0 * tile_bytes() / ((double) shape_.tile * shape_.d_head) : 16.0;
     return stats;
 }

@@ -10,6 +10,9 @@
 // form holds of the other cells. Rows in the tail keep their exact row over the packed tile and leave it later at no cost; sinks are not packed at all, so
 // that their extreme values do not widen the ranges of their neighbours. A tile is thus encoded again only when rows written over it are evicted.
 //
+// What packing does to the rows of a head is measured where a tile is packed, while its rows are still there. Where that is beyond a bound
+// (most_error), the side packs no more: its pool grows to hold a row of every cell.
+//
 // Tile i of a stream lies at a fixed offset; everything is allocated by the constructor, except that a write of more rows than the pool was made for
 // enlarges the pool once, and that a thread makes its scratch when it first packs or unpacks. Reads and writes never allocate otherwise.
 //
@@ -25,10 +28,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -58,9 +63,16 @@ class tile_codec {
         (void) head;
         return false;
     }
-    virtual void     learn(int head, const float * x, const uint8_t * written) const { (void) head, (void) x, (void) written; }
-    virtual void     adopt(int head, const uint8_t * tile) const { (void) head, (void) tile; }
-    virtual void     forget() const {}
+    virtual void           learn(int head, const float * x, const uint8_t * written) const { (void) head, (void) x, (void) written; }
+    virtual void           adopt(int head, const uint8_t * tile) const { (void) head, (void) tile; }
+    virtual void           forget() const {}
+    // Whether rows are worth comparing with what became of them, and what a squared error of a channel then counts: f64 [d_head], so that the sum over a
+    // row of K is the mean square of its scores' errors, in nats; nullptr: not known.
+    virtual bool           measures_error() const { return false; }
+    virtual const double * score_weights(int head) const {
+        (void) head;
+        return nullptr;
+    }
     // What tells tiles that this codec can unpack from others: a session is refused unless it agrees.
     virtual uint64_t format() const { return 0; }
     // Whether a tile that comes from outside can be read without reading past it, whatever its numbers are.
@@ -119,6 +131,28 @@ struct tile_view {
     int             n_token;  // cells of this tile, T but for the last tile of a stream
     int             n_exact;  // cells with an exact row
     int             n_packed; // cells read from the packed tile
+};
+
+// Sums over the rows of a head that were packed, of what packing did to them.
+struct head_error {
+    int64_t n_row   = 0; //
+    double  squares = 0; // of the error's numbers
+    double  of      = 0; // of the numbers themselves
+    int64_t n_score = 0; // rows whose scores' errors are known: K's, when queries were met
+    double  scores  = 0; // mean squares of their errors, in nats
+
+    void add(const head_error & other) {
+        n_row += other.n_row;
+        squares += other.squares;
+        of += other.of;
+        n_score += other.n_score;
+        scores += other.scores;
+    }
+
+    // Root mean square. The first is a share of the rows' own size. NaN: nothing is known
+    double relative() const { return n_row > 0 && of > 0 ? std::sqrt(squares / of) : std::numeric_limits<double>::quiet_NaN(); }
+    double score() const { return n_score > 0 ? std::sqrt(scores / (double) n_score) : std::numeric_limits<double>::quiet_NaN(); }
+    double root(gear_side side) const { return side == GEAR_SIDE_K ? score() : relative(); }
 };
 
 // A cell of a stream that has an exact row, and when it was written by the stream's clock, which counts the rows written.
@@ -187,6 +221,8 @@ class store {
     const uint16_t * row(int stream, int32_t slot) const { return row_data(stream, slot); } // f16 [n_embd]
 
     gear_store_stats stats() const;
+    // True once, after the write in which the side began to stay exact, or could not for lack of memory (stats() says which).
+    bool             has_news();
 
   private:
     uint8_t * tile_data(int stream, int64_t tile, int head) const {
@@ -205,6 +241,8 @@ class store {
     void         pack_victims(const team & t);
     void         release_victims();
     bool         encode(int stream, int64_t tile, int head, const uint8_t * marked, const uint16_t * changed, uint8_t * target) const;
+    head_error   measure(int stream, int64_t tile, int head, const uint8_t * packed) const;
+    void         note_errors();
     void         load_head(int stream, int64_t tile, int head, const uint8_t * marked, const uint16_t * changed, const pack_scratch & parts) const;
     void         teach(int stream, int64_t tile, const uint8_t * marked, const uint16_t * changed) const;
     void         adopt(int stream, int64_t tile) const;
@@ -220,6 +258,9 @@ class store {
     void              grant_allowance();
     void              copy_rows(int64_t first, int64_t last, const cell_source & cells, const row_source & rows);
     void              enlarge_pool(int64_t n_ubatch);
+    void              resize_pool(int64_t n_row);
+    void              try_to_stay_exact();
+    void              forget();
 
     void                                     report(gear_status kind, const char * text);
     template <class F> void                  attempt(F && f);
@@ -240,6 +281,13 @@ class store {
     bool                              is_empty_ = true; // as clear() leaves it
     int64_t                           n_pack_   = 0;
     int64_t                           n_write_  = 0; // number of the write in progress
+
+    // What packing did to the rows.
+    enum class outlook { packs, should_stay_exact, stays_exact, cannot_stay_exact };
+    std::vector<head_error> errors_;       // [n_head] since the store was empty
+    std::vector<head_error> fresh_errors_; // [n_measured, n_head] of the write in progress
+    outlook                 outlook_  = outlook::packs;
+    bool                    has_news_ = false;
 
     // Eviction.
     std::vector<int32_t>   candidate_of_; // [n_tile] index in candidates, -1: none

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/memory.h"
+#include "gearcpp.h"
 #include "store/stream.h"
 
 #include <cstdint>
@@ -28,12 +29,21 @@ struct alignas(cache_line) allowance {
     int64_t n_row = 0;
 };
 
+// Above this root mean square error a side packs no more: K's in nats of a score, V's as a share of the rows' own size.
+constexpr double most_error(gear_side side) {
+    return side == GEAR_SIDE_K ? 2.0 : 0.8;
+}
+
+// Tiles of one write whose errors are measured, at most.
+constexpr int n_measured = 16;
+
 // The parts of a thread's scratch.
 struct pack_scratch {
     float *   x;       // [T, d_head]
     uint8_t * written; // [T]
     uint8_t * kept;    // [T] 1: only the old packed form holds the row
     uint8_t * tile;    // a tile on its way: the old form survives a codec that fails
+    float *   row;     // [3, d_head] an exact row, and sums of channels
     uint8_t * codec;
 };
 

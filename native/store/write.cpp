@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace gear {
 
@@ -92,6 +93,9 @@ void store::plan(int nth, int64_t n, const cell_source & cells) {
     for (stream_state & stream : streams_) {
         stream.n_write = stream.n_need = 0;
     }
+    if (outlook_ == outlook::should_stay_exact) {
+        try_to_stay_exact();
+    }
     ++n_write_;
     for (int64_t i = 0; i < n; ++i) {
         const int64_t  global = cells.at(i);
@@ -119,7 +123,7 @@ void store::plan(int nth, int64_t n, const cell_source & cells) {
 
 void store::plan_flush(bool full_only) {
     ++n_write_;
-    for (int index = 0; tiles_.size() > 0 && index < shape_.n_stream; ++index) {
+    for (int index = 0; tiles_.size() > 0 && outlook_ != outlook::stays_exact && index < shape_.n_stream; ++index) {
         stream_state & stream = streams_[index];
         stream.evict_until    = stream.clock - shape_.n_tail;
         find_candidates(stream);
@@ -175,22 +179,42 @@ void store::copy_rows(int64_t first, int64_t last, const cell_source & cells, co
 }
 
 void store::enlarge_pool(int64_t n_ubatch) {
-    const int64_t n_new = n_row_of(shape_, codec_ != nullptr, n_ubatch);
-    if (n_new > n_row_) {
-        const size_t stream_bytes = n_row_ * row_bytes(shape_), new_stream_bytes = n_new * row_bytes(shape_);
-        require_memory(shape_.n_stream * new_stream_bytes, "a write of more rows than n_ubatch");
-        mapping larger(shape_.n_stream * new_stream_bytes);
-        for (stream_state & stream : streams_) {
-            stream.reserve(n_new); // all that can fail comes before the first change
-        }
-        for (int index = 0; index < shape_.n_stream; ++index) {
-            streams_[index].enlarge(n_new);
-            memcpy(larger.data() + index * new_stream_bytes, pool_.data() + index * stream_bytes, stream_bytes);
-        }
-        pool_  = std::move(larger);
-        n_row_ = n_new;
+    const int64_t n_row = n_row_of(shape_, codec_ != nullptr, n_ubatch);
+    if (n_row > n_row_) {
+        resize_pool(n_row);
     }
     n_row_most_ = n_ubatch;
+}
+
+void store::resize_pool(int64_t n_row) {
+    const size_t stream_bytes = n_row_ * row_bytes(shape_), new_stream_bytes = n_row * row_bytes(shape_);
+    require_memory(shape_.n_stream * new_stream_bytes, "more exact rows than the cache was made for");
+    mapping larger(shape_.n_stream * new_stream_bytes);
+    for (stream_state & stream : streams_) {
+        stream.reserve(n_row); // all that can fail comes before the first change
+    }
+    for (int index = 0; index < shape_.n_stream; ++index) {
+        streams_[index].enlarge(n_row);
+        memcpy(larger.data() + index * new_stream_bytes, pool_.data() + index * stream_bytes, stream_bytes);
+    }
+    pool_  = std::move(larger);
+    n_row_ = n_row;
+}
+
+// A side whose packing does too much harm keeps a row of every cell from now on, if there is memory for them. What is packed stays so.
+void store::try_to_stay_exact() {
+    has_news_ = true;
+    outlook_  = outlook::cannot_stay_exact;
+    try {
+        resize_pool(shape_.n_cell);
+        outlook_ = outlook::stays_exact;
+    } catch (const std::bad_alloc &) {
+    } catch (const error &) {
+    }
+}
+
+bool store::has_news() {
+    return std::exchange(has_news_, false);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
 #include "plugin/attention_node.h"
 #include "plugin/cache_node.h"
 #include "plugin/cpu/device.h"
+#include "plugin/report.h"
 
 #include <algorithm>
 #include <atomic>
@@ -99,6 +100,9 @@ void run_write(abi::tensor * node, int ith, int nth, void * userdata) {
     const cell_source  where  = { cells->data, cells->nb[0], cells->type == abi::number().type_i64 };
     if (!j.target->write(t, rows->ne[1], where, source) && ith == 0) {
         j.owner->failure.keep(j.target->status(), j.target->message());
+    }
+    if (ith == 0 && j.target->has_news()) {
+        report_error(j.target->stats());
     }
 }
 

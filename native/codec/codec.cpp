@@ -29,8 +29,7 @@ constexpr float absent   = std::numeric_limits<float>::quiet_NaN(); // marks an 
 
 void to_half_range(int n, float * values) {
     for (int i = 0; i < n; ++i) {
-        const float value = values[i] < -half_max ? -half_max : values[i];
-        values[i]         = value > half_max ? half_max : value; // NaN stays
+        values[i] = in_half_range(values[i]);
     }
 }
 
@@ -72,13 +71,10 @@ size_t place_workspace(const tile_layout & layout, void * scratch, workspace & w
 // X
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-// Nothing that is not a number and nothing beyond f16 gets into a tile: NaN becomes 0. So does -0: which of the two zeros is the lower one would depend on
-// the order in which they are looked at.
 void sanitize(int n, const float * x, float * X) {
     for (int i = 0; i < n; ++i) {
-        X[i] = (x[i] == x[i] ? x[i] : 0.0f) + 0.0f;
+        X[i] = sanitized(x[i]);
     }
-    to_half_range(n, X);
 }
 
 // kept: rows that X holds already.   w f32 [d]: with rotate 2
@@ -211,7 +207,7 @@ void filter_outliers(const tile_layout & layout, const uint8_t * written, float 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // D = Quant_b(Y): uniform and asymmetric in each group, D = zero + scale * code
 //
-// Scale and zero are rounded to what is stored (stored.cpp) before codes are taken. The lowest value of a group takes a code rounded down, the highest one
+// Scale and zero are rounded to what is stored (ranges.h) before codes are taken. The lowest value of a group takes a code rounded down, the highest one
 // a code rounded up: then a decoded tile codes to itself, and a row that is packed again and again, because its neighbours change, does not drift.
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
@@ -240,7 +236,7 @@ int code_for(const group_coder & coder, int g, int levels, float y) {
     if (y >= coder.highest[g]) {
         return (int) coder.last[g];
     }
-    return (int) std::clamp(std::nearbyint((y - coder.zero[g]) * coder.inverse[g]), 0.0f, (float) levels); // the zero of a held range may lie above y
+    return nearest_code(y, coder.zero[g], coder.inverse[g], levels);
 }
 
 // Where the code of (t, c) lies in a plane: see tile.h.
@@ -274,35 +270,22 @@ void decode_scalar(const tile_layout & layout, const uint8_t * tile, const group
     }
 }
 
-// Shrink every group's range about its middle.
 void clip_ranges(const tile_layout & layout, const group_coder & coder) {
     for (int group = 0; group < layout.part.n_group; ++group) {
-        if (coder.lowest[group] < coder.highest[group]) {
-            const float middle = 0.5f * (coder.lowest[group] + coder.highest[group]), half = 0.5f * (coder.highest[group] - coder.lowest[group]);
-            coder.lowest[group]  = middle - half * layout.config.clip;
-            coder.highest[group] = middle + half * layout.config.clip;
-        }
+        clip_range(layout.config.clip, coder.lowest[group], coder.highest[group]);
     }
 }
 
-// Whether a group's kept rows keep the range old_low to old_high, which cuts off what the new ones have beyond it, or low to high becomes the range, which
-// rounds the kept ones once more: whichever adds the smaller squared error. A code rounded to the nearest has one of step^2 / 12. Without this a few new
-// rows, again and again, would wear down the many that stay.
+// Whether a group's kept rows keep the range old_low to old_high, or low to high becomes the range.
 bool is_cut(const tile_layout & layout, const kept_rows & kept, const float * Y, int t, int c, float old_low, float old_high, float low, float high) {
-    const float old_step = (old_high - old_low) / (float) layout.levels, step = (high - low) / (float) layout.levels;
-    const float old_rounding = old_step * old_step / 12.0f, rounding = step * step / 12.0f;
-    float       cut = 0, widened = 0;
+    range_choice choice = make_range_choice(old_low, old_high, low, high, layout.levels);
     for (int i = t; i < t + layout.group; ++i) {
         const float y = Y[(int64_t) i * layout.d_head + c];
-        if (std::isnan(y)) {
-            continue;
+        if (!std::isnan(y)) {
+            choice.add(y, kept.is_kept[i]);
         }
-        const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f; // a kept row's, too, where it was an outlier
-        const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f;                 // a configuration may clip
-        cut += beyond_old * beyond_old + (kept.is_kept[i] ? 0.0f : old_rounding);
-        widened += beyond * beyond + rounding;
     }
-    return cut <= widened;
+    return choice.is_cut();
 }
 
 // A group that holds a kept row does not narrow: the row then codes to what it was, unless the new ones widen the range.
@@ -346,15 +329,9 @@ void quantize(const tile_layout & layout, const pack_kernels & kernels, const fl
 // L = A B^T = PowerIteration_r(R), algorithm 2
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-// A start close to normal, the same on every machine: sums of four uniform numbers (splitmix64).
 void random_start(uint32_t seed, int n, float * B) {
-    uint64_t state = seed;
     for (int i = 0; i < n; ++i) {
-        uint64_t bits = state += 0x9e3779b97f4a7c15;
-        bits          = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
-        bits          = (bits ^ bits >> 27) * 0x94d049bb133111eb;
-        bits ^= bits >> 31;
-        B[i] = (float) ((int) (bits & 0xffff) + (int) (bits >> 16 & 0xffff) + (int) (bits >> 32 & 0xffff) + (int) (bits >> 48) - 2 * 0xffff) / 65536.0f;
+        B[i] = start_number(seed, i);
     }
 }
 
@@ -388,7 +365,7 @@ void orthonormalize(int n, int r, float * M) {
             }
         }
         const float after  = dot(n, column, column);
-        const float factor = after > 1e-10f * before && after > 1e-30f ? 1.0f / std::sqrt(after) : 0.0f;
+        const float factor = column_factor(before, after);
         for (int i = 0; i < n; ++i) {
             column[i] *= factor;
         }

@@ -1,5 +1,5 @@
 // kernels.h - the inner loops of packing and unpacking: those that touch every number of a tile. codec.cpp holds their scalar truth and the method around
-// them; fast_kernels.h writes them for the compiler's vectors. All levels take the same roundings in the same order, so their results are equal.
+// them; pack_simd.h writes them for the compiler's vectors. All levels take the same roundings in the same order, so their results are equal.
 #pragma once
 
 #include "codec/tile.h"

@@ -1,8 +1,8 @@
 // pack.cuh - kernels that pack a tile, take rows out of it and put rows into the pool. One block of threads packs one tile of one head.
 //
-// The steps, their order and their roundings are those of codec/codec.cpp and codec/stored.cpp, which say why; a tile comes out with the same bytes. With
-// L it agrees to the rounding of the power iteration's sums. What is large lies in the block's scratch, which the L2 holds: a tile is packed once in T
-// tokens.
+// The steps and their order are those of codec/codec.cpp, which says why, and the roundings are those of codec/ranges.h, which both call: a tile comes out
+// with the same bytes. With L it agrees to the rounding of the power iteration's sums. What is large lies in the block's scratch, which the L2 holds: a
+// tile is packed once in T tokens.
 #pragma once
 
 #include "cuda/arguments.h"
@@ -10,12 +10,8 @@
 
 namespace gear::cuda {
 
-constexpr int   pack_threads  = 256;
-constexpr float largest_half  = 65504.0f;
-constexpr float infinite      = __builtin_huge_valf();
-constexpr int   max_sets      = max_d_head;
-constexpr float negligible    = 1e-30f; // squared length of a column that is nothing but rounding
-constexpr float negligible_of = 1e-10f; // the same against what it was
+constexpr int   pack_threads = 256;
+constexpr float infinite     = __builtin_huge_valf();
 
 // Numbers of one block, in the order in which they lie in its scratch.
 struct pack_scratch_device {
@@ -50,120 +46,32 @@ __host__ __device__ inline int64_t pack_shared_floats(const tile_layout & layout
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
-// Roundings of stored.cpp
+// Scale and zero of a group
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-__device__ inline uint16_t to_half_down(float value) {
-    uint16_t h = to_half(value);
-    if (from_half(h) > value) {
-        h = (uint16_t) (h & 0x8000 ? h + 1 : h == 0 ? 0x8001 : h - 1);
-    }
-    return h;
-}
-
-__device__ inline uint16_t to_half_up(float value) {
-    return to_half_down(-value) ^ 0x8000;
-}
-
-template <class Value> __device__ inline int least_reaching(float high, float estimate, int fewest, int most, Value value) {
-    int n = (int) fminf(fmaxf(estimate, (float) fewest), (float) most);
-    while (n > fewest && value(n - 1) >= high) {
-        --n;
-    }
-    while (n < most && value(n) < high) {
-        ++n;
-    }
-    return n;
-}
-
-template <class Value> __device__ inline int greatest_within(float low, float estimate, int most, Value value) {
-    int n = (int) fminf(fmaxf(estimate, 0.0f), (float) most);
-    while (n > 0 && value(n) > low) {
-        --n;
-    }
-    while (n < most && value(n + 1) <= low) {
-        ++n;
-    }
-    return n;
-}
-
-__device__ inline void store_range(const pack_scratch_device & w, int group, float scale, float zero, float low, float high, int levels) {
-    const auto value = [&](int code) { return zero + scale * (float) code; };
-    w.zero[group]    = zero;
-    w.scale[group]   = scale;
-    int first = 0, last = 0;
-    if (scale > 0) {
-        first = greatest_within(low, (low - zero) / scale, levels, value);
-        last  = least_reaching(high, (high - zero) / scale, first, levels, value);
-    }
-    w.first[group] = (float) first;
-    w.last[group]  = (float) last;
+__device__ inline void store_range(const pack_scratch_device & w, int group, group_range range, float low, float high, int levels) {
+    const end_codes ends = end_codes_of(range, low, high, levels);
+    w.zero[group]        = range.zero;
+    w.scale[group]       = range.scale;
+    w.first[group]       = (float) ends.first;
+    w.last[group]        = (float) ends.last;
 }
 
 __device__ inline void code_range_16(const pack_scratch_device & w, int group, int levels, uint8_t * scales, uint8_t * zeros) {
-    const float low = w.lowest[group], high = w.highest[group];
-    uint16_t    scale = 0, zero = 0;
-    if (low == high) {
-        zero = to_half(low);
-    } else if (low < high) {
-        zero               = to_half_down(low);
-        const float base   = from_half(zero);
-        const int   finest = most(1, to_half_up(fabsf(base) * 0x1p-20f));
-        const int   wanted = to_half_up((high - base) / (float) levels);
-        scale =
-            (uint16_t) least_reaching(high, (float) wanted, finest, 0x7bff, [&](int half) { return base + from_half((uint16_t) half) * (float) levels; });
-    }
-    reinterpret_cast<uint16_t *>(scales)[group] = scale;
-    reinterpret_cast<uint16_t *>(zeros)[group]  = zero;
-    store_range(w, group, from_half(scale), from_half(zero), low, high, levels);
+    const float        low = w.lowest[group], high = w.highest[group];
+    const stored_range stored                   = round_range_16(low, high, levels);
+    reinterpret_cast<uint16_t *>(scales)[group] = stored.scale;
+    reinterpret_cast<uint16_t *>(zeros)[group]  = stored.zero;
+    store_range(w, group, range_of_16(stored), low, high, levels);
 }
 
-struct set_range_device {
-    float lowest, highest, lo, hi;
-    int   fewest;
-
-    __device__ float zero(int z) const { return zero_of(lo, hi, z); }
-    __device__ float scale(int s, int levels) const { return scale_of(lo, hi, s, levels); }
-    __device__ float snapped(float value) const { return value == lowest ? lo : value == highest ? hi : value; }
-};
-
-__device__ inline set_range_device make_set_range(float lowest, float highest, int levels) {
-    if (!(lowest < highest)) {
-        const float only = lowest == highest ? from_half(to_half(lowest)) : 0;
-        return { lowest, highest, only, only, 1 };
-    }
-    const float      forgiven = highest - fmaxf(fabsf(lowest), fabsf(highest)) * 0x1p-20f;
-    const float      larger   = fmaxf(fabsf(from_half(to_half_down(lowest))), fabsf(from_half(to_half_up(forgiven))));
-    const float      spacing  = ldexpf(1.0f, most(ilogbf(larger) - 10, -24));
-    set_range_device set      = { lowest, highest, floorf(lowest / spacing) * spacing, ceilf(forgiven / spacing) * spacing, 1 };
-    if (set.lo < set.hi) {
-        set.fewest = most(1, (int) ceilf((float) (255 * levels) * spacing / (1024.0f * (set.hi - set.lo))));
-    }
-    return set;
-}
-
-__device__ inline void code_range_8(const set_range_device & set, const pack_scratch_device & w, int group, int levels, uint8_t * scales, uint8_t * zeros,
+__device__ inline void code_range_8(const set_range & set, const pack_scratch_device & w, int group, int levels, uint8_t * scales, uint8_t * zeros,
                                     bool is_held) {
-    const bool  is_empty = w.lowest[group] > w.highest[group];
-    const float low = is_empty ? set.lo : set.snapped(w.lowest[group]), high = is_empty ? set.lo : set.snapped(w.highest[group]);
-    int         s = 0, z = 0;
-    if (set.lo < set.hi) {
-        const float steps = 255.0f / (set.hi - set.lo);
-        if (is_held) {
-            const int fewest = low < high ? set.fewest : 0;
-            z                = (int) fminf(fmaxf(nearbyintf((low - set.lo) * steps), 0.0f), (float) (255 - fewest));
-            s                = (int) fminf(fmaxf(nearbyintf((high - low) * steps), (float) fewest), (float) (255 - z));
-        } else {
-            z = greatest_within(low, (low - set.lo) * steps, low < high ? 255 - set.fewest : 255, [&](int n) { return set.zero(n); });
-            if (low < high) {
-                const float base = set.zero(z);
-                s = least_reaching(high, (high - base) * steps, set.fewest, 255 - z, [&](int n) { return base + set.scale(n, levels) * (float) levels; });
-            }
-        }
-    }
-    scales[group] = (uint8_t) s;
-    zeros[group]  = (uint8_t) z;
-    store_range(w, group, set.scale(s, levels), set.zero(z), low, high, levels);
+    const value_ends   ends   = set.ends_of(w.lowest[group], w.highest[group]);
+    const stored_range stored = round_range_8(set, ends, levels, is_held);
+    scales[group]             = (uint8_t) stored.scale;
+    zeros[group]              = (uint8_t) stored.zero;
+    store_range(w, group, set.range_of(stored, levels), ends.low, ends.high, levels);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -182,15 +90,6 @@ template <class F> __device__ inline void for_each_warp(int n, F f) {
     for (int i = (int) threadIdx.x / warp_threads; i < n; i += (int) blockDim.x / warp_threads) {
         f(i, (int) threadIdx.x % warp_threads);
     }
-}
-
-__device__ inline float in_half_range(float value) {
-    const float above = value < -largest_half ? -largest_half : value;
-    return above > largest_half ? largest_half : above; // NaN stays
-}
-
-__device__ inline float sanitized(float x) {
-    return in_half_range((x == x ? x : 0.0f) + 0.0f);
 }
 
 __device__ inline bool is_absent(float x) {
@@ -389,9 +288,9 @@ struct packer {
             for (int t = first; t < first + n; ++t) {
                 holds |= source[t] == place_packed;
             }
-            const range_device range = range_at(layout, tile, group);
-            w.zero[group]            = holds ? range.zero : infinite;
-            w.scale[group]           = holds ? range.zero + range.scale * (float) layout.levels : -infinite;
+            const group_range range = range_at(layout, tile, group);
+            w.zero[group]           = holds ? range.zero : infinite;
+            w.scale[group]          = holds ? range.zero + range.scale * (float) layout.levels : -infinite;
         });
         __syncthreads();
     }
@@ -461,10 +360,8 @@ struct packer {
                     high          = y > high ? y : high;
                 }
             }
-            if (layout.config.clip < 1 && low < high) {
-                const float middle = 0.5f * (low + high), half = 0.5f * (high - low);
-                low  = middle - half * layout.config.clip;
-                high = middle + half * layout.config.clip;
+            if (layout.config.clip < 1) {
+                clip_range(layout.config.clip, low, high);
             }
             w.lowest[group]  = is_held ? fminf(low, w.zero[group]) : low;
             w.highest[group] = is_held ? fmaxf(high, w.scale[group]) : high;
@@ -478,22 +375,15 @@ struct packer {
 
     // Whether kept rows keep their range and what new ones have beyond it is cut off, or the range widens. The old one waits in zero and scale.
     __device__ bool is_cut(const float * Y, int group) const {
-        const int   first = group / d() * layout.group, c = group % d();
-        const float old_low = w.zero[group], old_high = w.scale[group], low = w.lowest[group], high = w.highest[group];
-        const float old_step = (old_high - old_low) / (float) layout.levels, step = (high - low) / (float) layout.levels;
-        const float old_rounding = old_step * old_step / 12.0f, rounding = step * step / 12.0f;
-        float       cut = 0, widened = 0;
+        const int    first = group / d() * layout.group, c = group % d();
+        range_choice choice = make_range_choice(w.zero[group], w.scale[group], w.lowest[group], w.highest[group], layout.levels);
         for (int t = first; t < first + layout.group; ++t) {
             const float y = Y[t * d() + c];
-            if (is_absent(y)) {
-                continue;
+            if (!is_absent(y)) {
+                choice.add(y, source[t] == place_packed);
             }
-            const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f;
-            const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f;
-            cut += beyond_old * beyond_old + (source[t] == place_packed ? 0.0f : old_rounding);
-            widened += beyond * beyond + rounding;
         }
-        return cut <= widened;
+        return choice.is_cut();
     }
 
     __device__ void code_ranges(bool is_held) {
@@ -515,7 +405,7 @@ struct packer {
             low  = warp_min(low);
             high = warp_max(high);
             if (lane == 0) {
-                const set_range_device range                      = make_set_range(low, high, layout.levels);
+                const set_range range                             = make_set_range(low, high, layout.levels);
                 s.lowest[set]                                     = low;
                 s.highest[set]                                    = high;
                 reinterpret_cast<uint16_t *>(tile + part.lo)[set] = to_half(range.lo);
@@ -541,8 +431,7 @@ struct packer {
         if (y >= w.highest[group]) {
             return (int) w.last[group];
         }
-        const float inverse = w.scale[group] > 0 ? 1.0f / w.scale[group] : 0.0f;
-        return (int) fmaxf(fminf(nearbyintf((y - w.zero[group]) * inverse), (float) layout.levels), 0.0f);
+        return nearest_code(y, w.zero[group], inverse_of(w.scale[group]), layout.levels);
     }
 
     // A thread writes a word: 4 depths of 2 * per_line lanes and quads.
@@ -602,14 +491,7 @@ struct packer {
     }
 
     __device__ void random_start() {
-        for_each(layout.config.rank * d(), [&](int i) {
-            uint64_t bits = (uint64_t) seed + (uint64_t) (i + 1) * 0x9e3779b97f4a7c15u;
-            bits          = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
-            bits          = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
-            bits ^= bits >> 31;
-            s.B[i] =
-                (float) ((int) (bits & 0xffff) + (int) (bits >> 16 & 0xffff) + (int) (bits >> 32 & 0xffff) + (int) (bits >> 48) - 2 * 0xffff) / 65536.0f;
-        });
+        for_each(layout.config.rank * d(), [&](int i) { s.B[i] = start_number(seed, i); });
         __syncthreads();
     }
 
@@ -635,8 +517,7 @@ struct packer {
                     __syncwarp();
                 }
             }
-            const float after  = dot(column, column);
-            const float factor = after > negligible_of * before && after > negligible ? 1.0f / sqrtf(after) : 0.0f;
+            const float factor = column_factor(before, dot(column, column));
             for (int i = lane; i < n; i += warp_threads) {
                 column[i] *= factor;
             }
@@ -676,20 +557,20 @@ struct packer {
     }
 
     __device__ void store_column(int n, const float * column, float largest, uint8_t * stored) const {
-        const int   lane    = (int) threadIdx.x % warp_threads;
-        const float limit   = layout.config.factor_bits == 8 ? 127.0f : 7.0f;
-        const auto  rounded = [&](int i) { return largest > 0 ? (int) nearbyintf(column[i] / largest * limit) : 0; };
-        for (int i = lane; layout.config.factor_bits == 8 && i < n; i += warp_threads) {
-            stored[i] = (uint8_t) (int8_t) rounded(i);
+        const int   lane = (int) threadIdx.x % warp_threads, bits = layout.config.factor_bits;
+        const float limit = factor_limit(bits);
+        const auto  code  = [&](int i) { return factor_code(column[i], largest, limit); };
+        for (int i = lane; bits == 8 && i < n; i += warp_threads) {
+            stored[i] = (uint8_t) (int8_t) code(i);
         }
-        for (int i = lane; layout.config.factor_bits == 4 && i < n / 2; i += warp_threads) {
-            stored[i] = (uint8_t) ((rounded(i) + 8) | (rounded(i + n / 2) + 8) << 4);
+        for (int i = lane; bits == 4 && i < n / 2; i += warp_threads) {
+            stored[i] = factor_nibbles(code(i), code(i + n / 2));
         }
     }
 
     // A and B into the tile.
     __device__ void store_factors() {
-        const float limit = layout.config.factor_bits == 8 ? 127.0f : 7.0f;
+        const float limit = factor_limit(layout.config.factor_bits);
         for_each_warp(layout.config.rank, [&](int k, int lane) {
             const float *a = s.A + k * T(), *b = s.B + k * d();
             float        largest_a = 0, largest_b = 0;
@@ -702,7 +583,7 @@ struct packer {
             largest_a = warp_max(largest_a);
             largest_b = warp_max(largest_b);
             if (lane == 0) {
-                reinterpret_cast<float *>(tile + layout.part.sigma)[k] = largest_a / limit * (largest_b / limit);
+                reinterpret_cast<float *>(tile + layout.part.sigma)[k] = factor_sigma(largest_a, largest_b, limit);
             }
             store_column(T(), a, largest_a, tile + layout.part.a + k * T() * layout.config.factor_bits / 8);
             store_column(d(), b, largest_b, tile + layout.part.b + k * d() * layout.config.factor_bits / 8);

@@ -21,6 +21,7 @@
 // has the range of f32, so that nothing has to be scaled first. Sums are f32.
 #pragma once
 
+#include "codec/ranges.h"
 #include "cuda/arguments.h"
 #include "cuda/machine.cuh"
 
@@ -62,26 +63,14 @@ __device__ inline int real_lanes(const tile_layout & layout) {
 // One number at a time, as the scalar codec computes it
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-struct range_device {
-    float scale, zero;
-};
-
-__device__ inline float zero_of(float lo, float hi, int z) {
-    return lo + (hi - lo) * (float) z / 255.0f;
-}
-
-__device__ inline float scale_of(float lo, float hi, int s, int levels) {
-    return (hi - lo) * (float) s / (float) (255 * levels);
-}
-
-__device__ inline range_device range_at(const tile_layout & layout, const uint8_t * tile, int group) {
+__device__ inline group_range range_at(const tile_layout & layout, const uint8_t * tile, int group) {
     const gear_tile_layout & part = layout.part;
     if (layout.config.scale_bits == 16) {
-        return { from_half(half_at(tile + part.scale, group)), from_half(half_at(tile + part.zero, group)) };
+        return range_of_16({ half_at(tile + part.scale, group), half_at(tile + part.zero, group) });
     }
     const int   set = layout.side == GEAR_SIDE_K ? group % part.n_set : group / layout.n_token;
     const float lo = from_half(half_at(tile + part.lo, set)), hi = from_half(half_at(tile + part.hi, set));
-    return { scale_of(lo, hi, tile[part.scale + group], layout.levels), zero_of(lo, hi, tile[part.zero + group]) };
+    return stored_set(lo, hi).range_of({ tile[part.scale + group], tile[part.zero + group] }, layout.levels);
 }
 
 __device__ inline int code_at(const tile_layout & layout, const uint8_t * tile, int token, int channel) {
@@ -100,11 +89,8 @@ __device__ inline int code_at(const tile_layout & layout, const uint8_t * tile, 
 
 // Entry e of column k of a factor of n rows, without its step.
 __device__ inline int factor_at(const tile_layout & layout, const uint8_t * stored, int n, int k, int e) {
-    if (layout.config.factor_bits == 8) {
-        return (int8_t) stored[k * n + e];
-    }
-    const int half = e >= n / 2;
-    return (stored[k * n / 2 + e - half * (n / 2)] >> 4 * half & 15) - 8;
+    const int bits = layout.config.factor_bits;
+    return factor_entry(stored + k * n * bits / 8, bits, n, e);
 }
 
 __device__ inline float sigma_at(const tile_layout & layout, const uint8_t * tile, int k) {
@@ -121,7 +107,7 @@ __device__ inline float b_at(const tile_layout & layout, const uint8_t * tile, i
 
 // D: what codes say.
 __device__ inline float quantized_at(const tile_layout & layout, const uint8_t * tile, int token, int channel) {
-    const range_device range = range_at(layout, tile, group_index(layout, token, channel));
+    const group_range range = range_at(layout, tile, group_index(layout, token, channel));
     return range.zero + range.scale * (float) code_at(layout, tile, token, channel);
 }
 

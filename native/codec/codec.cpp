@@ -166,11 +166,11 @@ void add_to_mean(const tile_layout & layout, const float * X, const float * code
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
 // Indices of a vector's n_end / 2 lowest entries, then of its n_end / 2 highest; fewer when not so many are present. Returns how many there are.
-int pick_ends(const float * entry, int stride, int length, int n_end, uint8_t * index) {
+int pick_ends(const float * entry, int stride, int length, int n_end, uint16_t * index) {
     int n_present = 0;
     for (int i = 0; i < length; ++i) {
         if (!std::isnan(entry[i * stride])) {
-            index[n_present++] = (uint8_t) i;
+            index[n_present++] = (uint16_t) i;
         }
     }
     const auto lower = [&](int i, int j) { return entry[i * stride] != entry[j * stride] ? entry[i * stride] < entry[j * stride] : i < j; };
@@ -180,22 +180,29 @@ int pick_ends(const float * entry, int stride, int length, int n_end, uint8_t * 
     return n_low + n_high;
 }
 
+void store_outlier_index(const tile_layout & layout, int64_t place, int index, uint8_t * tile) {
+    const int n_byte = outlier_index_bytes(vector_length(layout));
+    for (int i = 0; i < n_byte; ++i) {
+        tile[layout.part.outlier_index + n_byte * place + i] = (uint8_t) (index >> 8 * i);
+    }
+}
+
 // The paper fills the gaps with the mean of the rest, which lies between the other entries and so leaves Quant's range to them. Here the gaps are marked
 // as absent, which does the same for groups shorter than the vector, where the vector's mean could widen the range.
 void filter_outliers(const tile_layout & layout, const uint8_t * written, float * X, uint8_t * tile) {
     const gear_tile_layout & part      = layout.part;
     const bool               is_k      = layout.side == GEAR_SIDE_K;
-    const int                length    = is_k ? layout.n_token : layout.d_head;
+    const int                length    = vector_length(layout);
     const int                stride    = is_k ? layout.d_head : 1; // from one entry of a vector to the next
     const int                unwritten = is_k && written ? (int) (std::find(written, written + length, 0) - written) : 0;
     for (int vector = 0; vector < part.n_vector; ++vector) {
         float *   entry = X + (is_k ? vector : (int64_t) vector * layout.d_head);
-        uint8_t   index[max_tile];
+        uint16_t  index[max_depth];
         const int n_end = pick_ends(entry, stride, length, part.n_outlier, index);
         for (int slot = 0; slot < part.n_outlier; ++slot) {
-            const int64_t place              = (int64_t) vector * part.n_outlier + slot;
-            const bool    is_filled          = slot < n_end;
-            tile[part.outlier_index + place] = is_filled ? index[slot] : (uint8_t) unwritten;
+            const int64_t place     = (int64_t) vector * part.n_outlier + slot;
+            const bool    is_filled = slot < n_end;
+            store_outlier_index(layout, place, is_filled ? index[slot] : unwritten, tile);
             store_half(tile + part.outlier_value, place, is_filled ? float_to_half(entry[index[slot] * stride]) : 0);
             if (is_filled) {
                 entry[index[slot] * stride] = absent;
@@ -491,7 +498,7 @@ void restore_outliers(const tile_layout & layout, const uint8_t * tile, float * 
     for (int vector = 0; vector < part.n_vector; ++vector) {
         for (int slot = 0; slot < part.n_outlier; ++slot) {
             const int64_t place = (int64_t) vector * part.n_outlier + slot;
-            const int     index = tile[part.outlier_index + place];
+            const int     index = outlier_index_at(layout, tile, place);
             const int     t = is_k ? index : vector, c = is_k ? vector : index;
             X[(int64_t) t * layout.d_head + c] = load_half(tile + part.outlier_value, place);
         }
@@ -631,7 +638,11 @@ uint8_t code_of(const tile_layout & layout, const uint8_t * tile, int token, int
 }
 
 void hadamard(float * x, int d) {
-    kernels_in_use().hadamard(x, d);
+    const pack_kernels & kernels = kernels_in_use();
+    for (int first = 0, n; first < d; first += n) {
+        n = rotation_run(d, first);
+        kernels.hadamard(x + first, n);
+    }
 }
 
 } // namespace gear

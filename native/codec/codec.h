@@ -34,7 +34,7 @@ void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const
 // xhat f32 [T, d]
 void unpack_tile(const tile_layout & layout, const uint8_t * tile, float * xhat);
 
-// The normalized Hadamard transform of a head in place, in blocks of the largest power of two that divides d (its own inverse).
+// H of tile.h: normalized Hadamard transforms of a head's blocks, in place (its own inverse).
 void hadamard(float * x, int d);
 
 group_range range_of(const tile_layout & layout, const uint8_t * tile, int token, int channel);

@@ -31,7 +31,7 @@ struct pack_kernels {
     void (*multiply_transposed)(int T, int d, int r, const float * R, const float * A, float * B);
     // out = x + sign * A B^T:   x, out [T, d]
     void (*add_product)(int T, int d, int r, const float * A, const float * B, float sign, const float * x, float * out);
-    // hadamard of codec.h
+    // one run of H (tile.h)
     void (*hadamard)(float * x, int d);
 };
 

@@ -181,7 +181,7 @@ struct packer {
         __syncthreads();
         if (has_kept) {
             for_each(layout.part.n_vector * layout.part.n_outlier, [&](int i) {
-                const int vector = i / layout.part.n_outlier, index = tile[layout.part.outlier_index + i];
+                const int vector = i / layout.part.n_outlier, index = outlier_index_at(layout, tile, i);
                 const int t = layout.side == GEAR_SIDE_K ? index : vector, c = layout.side == GEAR_SIDE_K ? vector : index;
                 if (source[t] == place_packed) {
                     w.X[t * d() + c] = from_half(half_at(tile + layout.part.outlier_value, i));
@@ -209,12 +209,19 @@ struct packer {
 
     // Rows from the pool only: what is kept is rotated already.
     __device__ void rotate() {
-        const int   block = d() & -d();
+        for (int first = 0, run; first < d(); first += run) {
+            run = run_of_channels(d(), first);
+            rotate_run(first, run);
+        }
+    }
+
+    __device__ void rotate_run(int first, int n) {
+        const int   block = n & -n;
         const float norm  = 1.0f / sqrtf((float) block);
         for (int half = 1; half < block; half *= 2) {
-            for_each(T() * d() / 2, [&](int i) {
-                const int t = i / (d() / 2), pair = i % (d() / 2);
-                float *   x = w.X + t * d() + pair / half * 2 * half + pair % half;
+            for_each(T() * n / 2, [&](int i) {
+                const int t = i / (n / 2), pair = i % (n / 2);
+                float *   x = w.X + t * d() + first + pair / half * 2 * half + pair % half;
                 if (source[t] >= 0) {
                     const float sum = x[0] + x[half], difference = x[0] - x[half];
                     x[0]    = sum;
@@ -223,9 +230,10 @@ struct packer {
             });
             __syncthreads();
         }
-        for_each(T() * d(), [&](int i) {
-            if (source[i / d()] >= 0) {
-                w.X[i] = sanitized(w.X[i] * norm);
+        for_each(T() * n, [&](int i) {
+            float & x = w.X[i / n * d() + first + i % n];
+            if (source[i / n] >= 0) {
+                x = sanitized(x * norm);
             }
         });
         __syncthreads();
@@ -310,10 +318,10 @@ struct packer {
             }
             unwritten        = is_k && unwritten < length ? unwritten : 0; // V: a token is written whole or not at all
             const int  n_low = least(part.n_outlier / 2, (n_present + 1) / 2), n_high = least(part.n_outlier / 2, n_present / 2);
-            uint8_t *  index = tile + part.outlier_index + vector * part.n_outlier;
+            const int  place = vector * part.n_outlier;
             uint16_t * value = reinterpret_cast<uint16_t *>(tile + part.outlier_value) + vector * part.n_outlier;
             for (int slot = n_low + n_high + lane; slot < part.n_outlier; slot += warp_threads) {
-                index[slot] = (uint8_t) unwritten;
+                set_outlier_index(layout, tile, place + slot, unwritten);
                 value[slot] = 0;
             }
             for (int i = lane; i < length; i += warp_threads) {
@@ -328,13 +336,13 @@ struct packer {
                 }
                 const int slot = rank < n_low ? rank : n_present - 1 - rank < n_high ? n_low + n_present - 1 - rank : -1;
                 if (slot >= 0) {
-                    index[slot] = (uint8_t) i;
+                    set_outlier_index(layout, tile, place + slot, i);
                     value[slot] = to_half(x);
                 }
             }
             __syncwarp(); // every rank was taken among all
             for (int slot = lane; slot < n_low + n_high; slot += warp_threads) {
-                entry[index[slot] * step] = nanf("");
+                entry[outlier_index_at(layout, tile, place + slot) * step] = nanf("");
             }
         });
         __syncthreads();
@@ -680,7 +688,7 @@ __device__ inline float reconstructed_at(const tile_layout & layout, const uint8
     float                    value = quantized_at(layout, tile, t, c) + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c);
     for (int i = 0; i < part.n_outlier; ++i) {
         const int place = vector * part.n_outlier + i;
-        value           = tile[part.outlier_index + place] == entry ? from_half(half_at(tile + part.outlier_value, place)) : value;
+        value           = outlier_index_at(layout, tile, place) == entry ? from_half(half_at(tile + part.outlier_value, place)) : value;
     }
     return value;
 }

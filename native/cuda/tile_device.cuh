@@ -125,6 +125,53 @@ __device__ inline float mean_at(const tile_layout & layout, const uint8_t * tile
     return layout.config.center ? from_half(half_at(tile + layout.part.mean, channel)) : 0.0f;
 }
 
+// S: the index of an outlier within its vector.
+__device__ inline bool has_wide_index(const tile_layout & layout) {
+    return layout.side == GEAR_SIDE_V && layout.d_head > 256;
+}
+
+__device__ inline int outlier_index_at(const tile_layout & layout, const uint8_t * tile, int place) {
+    const uint8_t * index = tile + layout.part.outlier_index;
+    return has_wide_index(layout) ? half_at(index, place) : index[place];
+}
+
+__device__ inline void set_outlier_index(const tile_layout & layout, uint8_t * tile, int place, int index) {
+    uint8_t * to = tile + layout.part.outlier_index;
+    if (has_wide_index(layout)) {
+        reinterpret_cast<uint16_t *>(to)[place] = (uint16_t) index;
+    } else {
+        to[place] = (uint8_t) index;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// H: rotation_run of tile.h
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+__device__ inline int run_of_channels(int d, int first) {
+    if (d <= 256) {
+        return d;
+    }
+    int run = 16;
+    while (2 * run <= d - first) {
+        run *= 2;
+    }
+    return run;
+}
+
+// Channels of the block that channel c lies in. Of more than 256 channels the blocks are d's powers of two, the largest first: c's is that of the highest
+// bit in which c and d differ.
+__device__ inline int rotation_block(int d, int c) {
+    if (d <= 256) {
+        return d & -d;
+    }
+    int block = 16;
+    while (2 * block <= (c ^ d)) {
+        block *= 2;
+    }
+    return block;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Fragments
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -236,8 +283,8 @@ __device__ inline float warp_min(float x) {
     return -warp_max(-x);
 }
 
-// The normalized Hadamard transform of n rows of d floats in shared memory, by the whole block: the codec's steps in the codec's order.
-__device__ inline void hadamard_rows(float * rows, int n, int d, int stride) {
+// One run of H of n rows in shared memory, d channels each, by the whole block: the codec's steps in the codec's order.
+__device__ inline void hadamard_run(float * rows, int n, int d, int stride) {
     const int   block = d & -d;
     const float norm  = 1.0f / sqrtf((float) block);
     for (int half = 1; half < block; half *= 2) {
@@ -254,6 +301,14 @@ __device__ inline void hadamard_rows(float * rows, int n, int d, int stride) {
         rows[(int64_t) (i / d) * stride + i % d] *= norm;
     }
     __syncthreads();
+}
+
+// H of n rows of d floats.
+__device__ inline void hadamard_rows(float * rows, int n, int d, int stride) {
+    for (int first = 0, run; first < d; first += run) {
+        run = run_of_channels(d, first);
+        hadamard_run(rows + first, n, run, stride);
+    }
 }
 
 } // namespace gear::cuda

@@ -288,7 +288,7 @@ inline void test_pack(const device & on, int n_round) {
         config.k               = random_side(config.tile, true, ranked);
         config.v               = random_side(config.tile, false, ranked);
         config.seed            = 7;
-        const int d            = 16 * whole(2, ranked ? 8 : 16);
+        const int d            = 16 * (round % 16 < 2 ? whole(17, 36) : whole(2, ranked ? 8 : 16));
         packing(on, config, side, d)
             .run((side == GEAR_SIDE_K ? "K, " : "V, ") + text_of(side == GEAR_SIDE_K ? config.k : config.v, config.tile, d), ranked ? 0 : round / 2);
     }
@@ -534,6 +534,27 @@ inline void test_attention(const device & on, int n_random) {
         for (int n_query : { 1, 19 }) {
             run("head sizes " + std::to_string(d), config_of(4, 4, n_query == 1 ? 64 : 256), s, with([=](request & r) { r.n_query = n_query; }));
             run("head sizes, 3 and 3 bits " + std::to_string(d), config_of(3, 3, 64), s, with([=](request & r) { r.n_query = n_query; }), 0);
+        }
+    }
+    const int sizes[][2] = { { 512, 512 }, { 576, 512 }, { 576, 576 }, { 272, 48 }, { 64, 560 } }; // K's and V's
+    for (const auto & d : sizes) {
+        shape s;
+        s.n_head_kv = 1;
+        s.d_k       = d[0];
+        s.d_v       = d[1];
+        s.n_cell    = 320;
+        for (int kind = 0; kind < 3; ++kind) { // 1: the most shared memory with scales of 8 bits, 2: with scales in f16
+            gear_config config = config_of(kind == 0 ? 4 : 5, kind == 0 ? 4 : 3, kind == 0 ? 64 : 256);
+            config.k.rotate = config.v.rotate = kind != 2;
+            config.k.center = config.v.center = kind == 1;
+            config.k.scale_bits = config.v.scale_bits = kind == 2 ? 16 : 8;
+            config.k.rank = config.v.rank = kind == 2 ? 2 : 0;
+            config.k.sparsity = config.v.sparsity = kind == 2 ? 0.02f : 0.0f;
+            config.v.group                        = 32;
+            for (int n_query : { 1, 19 }) {
+                run("head sizes " + std::to_string(d[0]) + " and " + std::to_string(d[1]) + ", kind " + std::to_string(kind), config, s,
+                    with([=](request & r) { r.n_query = n_query; }), 33, 300);
+            }
         }
     }
     for (int n_share : { 1, 2, 3, 7, 8, 20 }) {
@@ -797,7 +818,8 @@ inline void test_cache(const device & on, int n_round, int n_step) {
         gear_config     config = config_of(4, 4, 64);
         config.k.rotate = config.v.rotate = whole(0, 1);
         config.v.center                   = 1;
-        store_shape shape                 = { 3, side, 2, 32, 64 * whole(4, 7) + whole(0, 20), whole(1, 2), 64, whole(0, 70), whole(0, 5), 40 };
+        const int   d                     = round == 1 || round == 2 ? 544 : 32; // 512 + 32
+        store_shape shape                 = { 3, side, 2, d, 64 * whole(4, 7) + whole(0, 20), whole(1, 2), 64, whole(0, 70), whole(0, 5), 40 };
         twins       t(on, config, side, shape);
         int64_t     next = 0;
         for (int step = 0; step < n_step; ++step) {

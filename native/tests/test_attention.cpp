@@ -379,6 +379,24 @@ void test_head_sizes() {
         c.fill(384, 20);
         compare("head size " + std::to_string(d), c, {});
     }
+    const int sizes[][2] = { { 512, 512 }, { 576, 512 }, { 576, 576 }, { 272, 48 }, { 64, 560 }, { 320, 128 } }; // K's and V's
+    for (const auto & d : sizes) {
+        shape s;
+        s.d_k = d[0];
+        s.d_v = d[1];
+        for (int rotate : { 0, 2 }) {
+            gear_config config = config_of(4, 3, 64);
+            config.k.rotate = config.v.rotate = rotate;
+            config.v.group                    = rotate ? 0 : 32;
+            cache c(config, s);
+            c.fill(384, 20);
+            for (int n_query : { 1, 11 }) {
+                request r;
+                r.n_query = n_query;
+                compare("head sizes " + std::to_string(d[0]) + " and " + std::to_string(d[1]), c, r);
+            }
+        }
+    }
 }
 
 void test_shared_heads() {
@@ -487,6 +505,16 @@ void test_parts_of_the_codec() {
             compare(what, c, r);
         }
     };
+    for (int d : { 512, 576 }) {
+        gear_config config = config_of(7, 7, 64);
+        config.k.rotate = config.v.rotate = 1;
+        config.k.center = config.v.center = 1;
+        config.k.rank = config.v.rank = 2;
+        attend("means and low rank of a large head", config, d);
+        config.k.center = config.v.center = 0;
+        config.k.sparsity = config.v.sparsity = 0.02f;
+        attend("outliers of a large head", config, d);
+    }
     for (int tile : { 64, 128, 256 }) {
         gear_config config = config_of(4, 4, tile);
         attend("plain", config, 128);
@@ -663,6 +691,23 @@ std::vector<float> product(const char * level, const gear_config & config, const
     return y;
 }
 
+// The largest sum that two bytes a number can come to: 576 weights of one size, and the last code of 7 bits in each channel.
+void test_largest_sum() {
+    constexpr int         d      = 576;
+    const gear_config     config = config_of(7, 7, 64);
+    const gear_tile_codec codec(config, GEAR_SIDE_K, d);
+    std::vector<float>    tile((size_t) config.tile * d), x(d, 1.0f);
+    for (size_t i = 0; i < tile.size(); ++i) {
+        tile[i] = i / d % 2 ? 1.0f : -1.0f;
+    }
+    for (int i = 0; const char * level = gear_simd_name(i); ++i) {
+        const std::vector<float> y = product(level, config, codec, tile, 0, { x.data(), d, 1 });
+        for (int token = 0; token < config.tile; ++token) {
+            CHECK_NEAR(y[token], token % 2 ? d : -d, 0.1);
+        }
+    }
+}
+
 // What rounding to bytes adds to the squared error of a product is about the share of the codes' own that it is allowed, and no more; with 0 it adds
 // nothing.
 void test_rounding() {
@@ -738,8 +783,8 @@ void test_random() {
         shape s;
         s.n_head_kv = whole(1, 2);
         s.n_share   = whole(1, 9);
-        s.d_k       = 16 * whole(2, 10);
-        s.d_v       = 16 * whole(2, 10);
+        s.d_k       = 16 * (round % 8 ? whole(2, 10) : whole(17, 36));
+        s.d_v       = 16 * (round % 8 % 7 ? whole(2, 10) : whole(17, 36));
         s.n_cell    = whole(100, 600);
         s.n_stream  = whole(1, 2);
         request r;
@@ -790,6 +835,7 @@ int main() {
     test_exact_sides();
     test_callback();
     test_extreme_queries();
+    test_largest_sum();
     test_rounding();
     test_random();
     test_nothing_to_do();

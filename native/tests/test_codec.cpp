@@ -73,14 +73,14 @@ static void test_gaussian() {
 // No value is further from its code than half a step, but for the two ends of a group, which may be one step away.
 static void test_every_shape() {
     uint32_t seed = check::seed();
-    for (const int d : { 32, 48, 64, 80, 96, 112, 128, 192, 256 }) {
+    for (const int d : { 32, 48, 64, 80, 96, 112, 128, 192, 256, 272, 512, 576 }) {
         for (const int T : { 64, 128, 256 }) {
             for (int bits = 2; bits <= 7; ++bits) {
                 for (const int scale_bits : { 8, 16 }) {
                     for_each_side([&](gear_side side) {
                         gear_config config = plain_config(bits, scale_bits, T);
                         config.k.group     = T == 64 ? 64 : 32;
-                        config.v.group     = d == 48 || d == 128 ? 32 : 0;
+                        config.v.group     = d == 48 || d == 128 || d == 576 ? 32 : 0;
                         const tile_case c(config, side, d);
                         const numbers   x    = gaussian(c.size(), ++seed);
                         const bytes     tile = c.pack(x);
@@ -179,7 +179,7 @@ static void test_ranges_cover() {
 }
 
 static void test_rotation() {
-    for (const int d : { 32, 48, 80, 96, 128, 256 }) {
+    for (const int d : { 32, 48, 80, 96, 128, 256, 272, 320, 496, 512, 560, 576 }) {
         numbers       x     = gaussian(d, check::seed() + (uint32_t) d);
         const numbers exact = x;
         hadamard(x.data(), d);
@@ -191,6 +191,17 @@ static void test_rotation() {
     one[5] = 8;
     hadamard(one.data(), 64);
     CHECK(std::all_of(one.begin(), one.end(), [](float value) { return std::fabs(value) == 1; }));
+
+    // 320 = 256 + 64: a channel is shared out over its own block, and over no other one.
+    for (const int c : { 5, 260 }) {
+        numbers x(320, 0.0f);
+        x[c] = 16;
+        hadamard(x.data(), 320);
+        const float share = c < 256 ? 1.0f : 2.0f;
+        for (int i = 0; i < 320; ++i) {
+            CHECK(std::fabs(x[i]) == ((i < 256) == (c < 256) ? share : 0.0f));
+        }
+    }
 
     // A channel far larger than the others widens the range of every token of V: spread over all channels it does not.
     gear_config plain = plain_config(4, 8), rotated = plain;
@@ -729,7 +740,7 @@ static void test_kept_outliers_are_not_cut_off() {
 static void test_bytes_are_counted() {
     for (const int rank : { 0, 3 }) {
         for (const float sparsity : { 0.0f, 0.02f }) {
-            for (const int d : { 32, 48, 80, 128, 256 }) {
+            for (const int d : { 32, 48, 80, 128, 256, 512, 576 }) {
                 for_each_side([&](gear_side side) {
                     gear_config config = plain_config(7, rank ? 16 : 8);
                     config.k.rank = config.v.rank = rank;
@@ -751,7 +762,7 @@ static void test_bytes_are_counted() {
                                     { part.a, (int64_t) rank * config.tile },
                                     { part.b, (int64_t) rank * d },
                                     { part.outlier_value, 2 * n_outlier },
-                                    { part.outlier_index, n_outlier } };
+                                    { part.outlier_index, n_outlier * (side == GEAR_SIDE_V && d > 256 ? 2 : 1) } };
                     int64_t end = 0;
                     for (const auto & p : all) {
                         CHECK((p.bytes == 0) == (p.offset == -1));
@@ -790,7 +801,7 @@ static void test_bad_configs() {
         { "group_k must be", [](gear_config & c) { c.k.group           = -32; } },
         { "group_k must be", [](gear_config & c) { c.k.group           = 96; } },
         { "group_v must be", [](gear_config & c) { c.v.group           = 33; } },
-        { "group_v must be", [](gear_config & c) { c.v.group           = 512; } },
+        { "group_v must be", [](gear_config & c) { c.v.group           = 608; } },
         { "scale_bits must be", [](gear_config & c) { c.v.scale_bits   = 4; } },
         { "factor_bits must be", [](gear_config & c) { c.k.factor_bits = 16; } },
         { "rank_k must be", [](gear_config & c) { c.k.rank             = 17; } },
@@ -827,12 +838,13 @@ static void test_bad_configs() {
 
 static void test_bad_arguments() {
     gear_config config = plain_config(4, 8);
-    for (const int d : { 0, 16, 33, 40, 120, 272, -64 }) {
+    for (const int d : { 0, 16, 33, 40, 120, 264, 592, 1024, -64 }) {
         CHECK(gear_head_check(&config, 64, d) == GEAR_ERROR_UNSUPPORTED);
         CHECK(std::string(gear_last_error()).find("V heads of " + std::to_string(d)) == 0);
         CHECK(gear_head_check(&config, d, 64) == GEAR_ERROR_UNSUPPORTED);
     }
     CHECK(gear_head_check(&config, 192, 128) == GEAR_OK);
+    CHECK(gear_head_check(&config, 576, 512) == GEAR_OK);
     config.v.bits = 16; // a side kept as f16 takes any head size, and has no tiles
     CHECK(gear_config_check(&config) == GEAR_OK);
     CHECK(gear_head_check(&config, 192, 33) == GEAR_OK);
@@ -872,7 +884,7 @@ static void test_extreme_values() {
         k.center                  = k.sparsity > 0 ? 0 : one_of(random, { 0, 1 });
         k.clip                    = one_of(random, { 1.0f, 0.5f });
         config.v                  = k;
-        const tile_case c(config, one_of(random, { GEAR_SIDE_K, GEAR_SIDE_V }), one_of(random, { 32, 48, 128, 256 }));
+        const tile_case c(config, one_of(random, { GEAR_SIDE_K, GEAR_SIDE_V }), one_of(random, { 32, 48, 128, 256, 512, 576 }));
         numbers         x(c.size());
         const int       n_extreme = one_of(random, { 1, 3, 18 }), n_plain = one_of(random, { 0, 1, 100 });
         for (float & value : x) {

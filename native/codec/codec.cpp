@@ -47,7 +47,7 @@ struct workspace {
 };
 
 // Lays the workspace out from `scratch` on and returns its bytes. It reckons in numbers: from nullptr, which has no offsets, it only counts.
-size_t place_workspace(const tile_layout & layout, void * scratch, workspace & w) {
+size_t lay_out_workspace(const tile_layout & layout, void * scratch, workspace & w) {
     const size_t n = (size_t) layout.n_token * layout.d_head, n_group = layout.part.n_group, r = layout.config.rank;
     size_t       bytes = 0;
     const auto   take  = [&](size_t count) {
@@ -180,13 +180,6 @@ int pick_ends(const float * entry, int stride, int length, int n_end, uint16_t *
     return n_low + n_high;
 }
 
-void store_outlier_index(const tile_layout & layout, int64_t place, int index, uint8_t * tile) {
-    const int n_byte = outlier_index_bytes(vector_length(layout));
-    for (int i = 0; i < n_byte; ++i) {
-        tile[layout.part.outlier_index + n_byte * place + i] = (uint8_t) (index >> 8 * i);
-    }
-}
-
 // The paper fills the gaps with the mean of the rest, which lies between the other entries and so leaves Quant's range to them. Here the gaps are marked
 // as absent, which does the same for groups shorter than the vector, where the vector's mean could widen the range.
 void filter_outliers(const tile_layout & layout, const uint8_t * written, float * X, uint8_t * tile) {
@@ -200,10 +193,10 @@ void filter_outliers(const tile_layout & layout, const uint8_t * written, float 
         uint16_t  index[max_depth];
         const int n_end = pick_ends(entry, stride, length, part.n_outlier, index);
         for (int slot = 0; slot < part.n_outlier; ++slot) {
-            const int64_t place     = (int64_t) vector * part.n_outlier + slot;
+            const int64_t i_outlier = (int64_t) vector * part.n_outlier + slot;
             const bool    is_filled = slot < n_end;
-            store_outlier_index(layout, place, is_filled ? index[slot] : unwritten, tile);
-            store_half(tile + part.outlier_value, place, is_filled ? float_to_half(entry[index[slot] * stride]) : 0);
+            store_outlier_index(layout, i_outlier, is_filled ? index[slot] : unwritten, tile);
+            store_half(tile + part.outlier_value, i_outlier, is_filled ? float_to_half(entry[index[slot] * stride]) : 0);
             if (is_filled) {
                 entry[index[slot] * stride] = absent;
             }
@@ -247,9 +240,9 @@ int code_for(const group_coder & coder, int g, int levels, float y) {
 }
 
 // Where the code of (t, c) lies in a plane: see tile.h.
-code_place place_of(const tile_layout & layout, const plane_info & plane, int t, int c) {
+code_position position_of(const tile_layout & layout, const plane_info & plane, int t, int c) {
     const bool is_k = layout.side == GEAR_SIDE_K;
-    return place_of(plane, layout.part.n_depth, is_k ? t : c, is_k ? c : t);
+    return position_of(plane, layout.part.n_depth, is_k ? t : c, is_k ? c : t);
 }
 
 void encode_scalar(const tile_layout & layout, const float * Y, const group_coder & coder, uint8_t * tile) {
@@ -259,10 +252,10 @@ void encode_scalar(const tile_layout & layout, const float * Y, const group_code
         std::fill_n(bytes, (int64_t) layout.part.n_lane * layout.part.n_depth * plane.width / 8, 0);
         for (int t = 0; t < layout.n_token; ++t) {
             for (int c = 0; c < layout.d_head; ++c) {
-                const int  code  = code_for(coder, group_of(layout, t, c), layout.levels, Y[(int64_t) t * layout.d_head + c]);
-                const int  bits  = code >> plane.position & ((1 << plane.width) - 1);
-                const auto place = place_of(layout, plane, t, c);
-                bytes[place.byte] |= (uint8_t) (bits << place.shift);
+                const int  code     = code_for(coder, group_of(layout, t, c), layout.levels, Y[(int64_t) t * layout.d_head + c]);
+                const int  bits     = code >> plane.position & ((1 << plane.width) - 1);
+                const auto position = position_of(layout, plane, t, c);
+                bytes[position.byte] |= (uint8_t) (bits << position.shift);
             }
         }
     }
@@ -497,10 +490,10 @@ void restore_outliers(const tile_layout & layout, const uint8_t * tile, float * 
     const bool               is_k = layout.side == GEAR_SIDE_K;
     for (int vector = 0; vector < part.n_vector; ++vector) {
         for (int slot = 0; slot < part.n_outlier; ++slot) {
-            const int64_t place = (int64_t) vector * part.n_outlier + slot;
-            const int     index = outlier_index_at(layout, tile, place);
+            const int64_t i_outlier = (int64_t) vector * part.n_outlier + slot;
+            const int     index     = outlier_index_at(layout, tile, i_outlier);
             const int     t = is_k ? index : vector, c = is_k ? vector : index;
-            X[(int64_t) t * layout.d_head + c] = load_half(tile + part.outlier_value, place);
+            X[(int64_t) t * layout.d_head + c] = load_half(tile + part.outlier_value, i_outlier);
         }
     }
 }
@@ -548,14 +541,14 @@ const pack_kernels pack_kernels_scalar = { extremes_scalar,    encode_scalar,  d
 
 size_t pack_scratch_bytes(const tile_layout & layout) {
     workspace w;
-    return place_workspace(layout, nullptr, w);
+    return lay_out_workspace(layout, nullptr, w);
 }
 
 void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const uint8_t * written, uint8_t * tile, void * scratch, const kept_rows * kept,
                const uint8_t * basis) {
     const pack_kernels & kernels = kernels_in_use();
     workspace            w;
-    place_workspace(layout, scratch, w);
+    lay_out_workspace(layout, scratch, w);
     if (kept) {
         reconstruct(layout, kernels, kept->tile, w.coder, w.A, w.B, w.X);
         sanitize(layout.n_token * layout.d_head, w.X, w.X);
@@ -630,9 +623,9 @@ group_range range_of(const tile_layout & layout, const uint8_t * tile, int token
 uint8_t code_of(const tile_layout & layout, const uint8_t * tile, int token, int channel) {
     int code = 0;
     for (int i = 0; i < layout.n_plane; ++i) {
-        const plane_info & plane = layout.plane[i];
-        const code_place   place = place_of(layout, plane, token, channel);
-        code |= (tile[plane.offset + place.byte] >> place.shift & ((1 << plane.width) - 1)) << plane.position;
+        const plane_info &  plane    = layout.plane[i];
+        const code_position position = position_of(layout, plane, token, channel);
+        code |= (tile[plane.offset + position.byte] >> position.shift & ((1 << plane.width) - 1)) << plane.position;
     }
     return (uint8_t) code;
 }

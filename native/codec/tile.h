@@ -47,6 +47,7 @@
 // finite: the store knows which cells were written.
 #pragma once
 
+#include "common/host_device.h"
 #include "gearcpp.h"
 
 #include <cstddef>
@@ -81,12 +82,12 @@ struct tile_layout {
 };
 
 // Byte and shift of one code within a plane.
-struct code_place {
+struct code_position {
     int64_t byte;  // from the plane's start
     int     shift; //
 };
 
-inline code_place place_of(const plane_info & plane, int n_depth, int lane, int depth) {
+GEAR_HD inline code_position position_of(const plane_info & plane, int n_depth, int lane, int depth) {
     const int     lane_block = lane / 32, half = lane % 32 / 16, i = lane % 16;
     const int     quad = depth / 4, j = depth % 4;
     const int64_t line = (int64_t) lane_block * (n_depth / 4 / plane.per_line) + quad / plane.per_line;
@@ -94,29 +95,38 @@ inline code_place place_of(const plane_info & plane, int n_depth, int lane, int 
 }
 
 // Index of the scale and zero of (token, channel).
-inline int group_of(const tile_layout & layout, int token, int channel) {
+GEAR_HD inline int group_of(const tile_layout & layout, int token, int channel) {
     return layout.side == GEAR_SIDE_K ? token / layout.group * layout.d_head + channel : channel / layout.group * layout.n_token + token;
 }
 
 // Bytes of an outlier's index within its vector.
-inline int outlier_index_bytes(int length) {
+GEAR_HD inline int outlier_index_bytes(int length) {
     return length > 256 ? 2 : 1;
 }
 
 // Entries of an outlier vector: K's are channels over the tokens, V's tokens over the channels.
-inline int vector_length(const tile_layout & layout) {
+GEAR_HD inline int vector_length(const tile_layout & layout) {
     return layout.side == GEAR_SIDE_K ? layout.n_token : layout.d_head;
 }
 
-inline int outlier_index_at(const tile_layout & layout, const uint8_t * tile, int64_t place) {
+GEAR_HD inline int outlier_index_at(const tile_layout & layout, const uint8_t * tile, int64_t i) {
     const uint8_t * index = tile + layout.part.outlier_index;
-    return outlier_index_bytes(vector_length(layout)) == 1 ? index[place] : index[2 * place] | index[2 * place + 1] << 8;
+    return outlier_index_bytes(vector_length(layout)) == 1 ? index[i] : index[2 * i] | index[2 * i + 1] << 8;
+}
+
+GEAR_HD inline void store_outlier_index(const tile_layout & layout, int64_t i, int index, uint8_t * tile) {
+    const int n_byte = outlier_index_bytes(vector_length(layout));
+    uint8_t * to     = tile + layout.part.outlier_index + n_byte * i;
+    to[0]            = (uint8_t) index;
+    if (n_byte == 2) {
+        to[1] = (uint8_t) (index >> 8);
+    }
 }
 
 // H goes run by run: from channel `first` on, so many channels, which are transformed in blocks of the largest power of two that divides their number.
 // Up to 256 channels are one run (80 = 5 blocks of 16). More are taken apart into powers of two, the largest first (576 = 512 + 64): the wider a block,
 // the more an outlier's size is shared out, and one of 512 costs one more step than two of 256. Errors of the choices: docs/architecture.md.
-inline int rotation_run(int d, int first) {
+GEAR_HD inline int rotation_run(int d, int first) {
     if (d <= 256) {
         return d;
     }

@@ -326,7 +326,7 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
 
     // What an outlier's value adds to D + L at its place, where the code is 0.
     __device__ float outlier_excess(const tile_layout & layout, const uint8_t * tile, int i, int t, int c) const {
-        return from_half(half_at(tile + layout.part.outlier_value, i)) - range_at(layout, tile, group_index(layout, t, c)).zero -
+        return from_half(half_at(tile + layout.part.outlier_value, i)) - range_at(layout, tile, group_of(layout, t, c)).zero -
                low_rank_at(layout, tile, t, c);
     }
 

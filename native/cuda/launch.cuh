@@ -7,6 +7,7 @@
 #include "cuda/decode.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/prefill.cuh"
+#include "cuda/rows.cuh"
 
 namespace gear::cuda {
 

@@ -1,49 +1,13 @@
-// pack.cuh - kernels that pack a tile, take rows out of it and put rows into the pool. One block of threads packs one tile of one head.
+// pack.cuh - the kernel that packs tiles. One block of threads packs one tile of one head.
 //
 // The steps and their order are those of codec/codec.cpp, which says why, and the roundings are those of codec/ranges.h, which both call: a tile comes out
 // with the same bytes. With L it agrees to the rounding of the power iteration's sums. What is large lies in the block's scratch, which the L2 holds: a
 // tile is packed once in T tokens.
 #pragma once
 
-#include "cuda/arguments.h"
-#include "cuda/tile_device.cuh"
+#include "cuda/power_iteration.cuh"
 
 namespace gear::cuda {
-
-constexpr int   pack_threads = 256;
-constexpr float infinite     = __builtin_huge_valf();
-
-// Numbers of one block, in the order in which they lie in its scratch.
-struct pack_scratch_device {
-    float * X;       // [T, d]  X - S; NaN where S or nothing stands
-    float * Y;       // [T, d]  X - S - L; R while L is computed
-    float * lowest;  // [n_group]
-    float * highest; // [n_group]
-    float * zero;    // [n_group]
-    float * scale;   // [n_group]
-    float * first;   // [n_group]
-    float * last;    // [n_group]
-};
-
-__host__ __device__ inline int64_t pack_scratch_floats(const tile_layout & layout) {
-    return (layout.config.rank > 0 ? 2 : 1) * (int64_t) layout.n_token * layout.d_head + 6 * (int64_t) layout.part.n_group;
-}
-
-// Shared memory: A [r][T] and B [r][d], sums of a block, ranges of the sets.
-struct pack_shared {
-    float * A;
-    float * B;
-    float * sum;    // [2 + warps]
-    float * lowest; // [n_set] of the set
-    float * highest;
-    float * mean;   // [d]
-    float * old_lo; // [n_set] of the tile as it was packed before
-    float * old_hi;
-};
-
-__host__ __device__ inline int64_t pack_shared_floats(const tile_layout & layout) {
-    return layout.config.rank * (layout.n_token + layout.d_head) + 64 + 4 * layout.part.n_set + layout.d_head;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Scale and zero of a group
@@ -75,64 +39,10 @@ __device__ inline void code_range_8(const set_range & set, const pack_scratch_de
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
-// The block
+// The tile
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-// f(i) for all i < n, shared out among the threads of the block.
-template <class F> __device__ inline void for_each(int n, F f) {
-    for (int i = (int) threadIdx.x; i < n; i += (int) blockDim.x) {
-        f(i);
-    }
-}
-
-// f(i, lane) for all i < n, each by a whole warp.
-template <class F> __device__ inline void for_each_warp(int n, F f) {
-    for (int i = (int) threadIdx.x / warp_threads; i < n; i += (int) blockDim.x / warp_threads) {
-        f(i, (int) threadIdx.x % warp_threads);
-    }
-}
-
-__device__ inline bool is_absent(float x) {
-    return x != x;
-}
-
-__device__ inline void lay_out(const tile_layout & layout, float * scratch, pack_scratch_device & w) {
-    const int64_t n = (int64_t) layout.n_token * layout.d_head, n_group = layout.part.n_group;
-    w.X       = scratch;
-    w.Y       = layout.config.rank > 0 ? w.X + n : w.X;
-    w.lowest  = w.Y + n;
-    w.highest = w.lowest + n_group;
-    w.zero    = w.highest + n_group;
-    w.scale   = w.zero + n_group;
-    w.first   = w.scale + n_group;
-    w.last    = w.first + n_group;
-}
-
-__device__ inline void lay_out(const tile_layout & layout, pack_shared & s) {
-    s.A       = reinterpret_cast<float *>(shared_memory());
-    s.B       = s.A + layout.config.rank * layout.n_token;
-    s.sum     = s.B + layout.config.rank * layout.d_head;
-    s.lowest  = s.sum + 64;
-    s.highest = s.lowest + layout.part.n_set;
-    s.old_lo  = s.highest + layout.part.n_set;
-    s.old_hi  = s.old_lo + layout.part.n_set;
-    s.mean    = s.old_hi + layout.part.n_set;
-}
-
-// One packer is one block at work on one tile of one head.
-struct packer {
-    const tile_layout & layout;
-    const uint16_t *    pool;   // row 0 of the stream, this head's part
-    int                 stride; // elements from row to row
-    const int32_t *     source; // [T]
-    uint8_t *           tile;
-    uint32_t            seed;
-    pack_scratch_device w;
-    pack_shared         s;
-
-    __device__ int T() const { return layout.n_token; }
-    __device__ int d() const { return layout.d_head; }
-
+struct packer : low_rank_block {
     __device__ void pack() {
         const bool has_kept = load();
         const bool is_held  = has_kept && layout.config.rank == 0;
@@ -210,7 +120,7 @@ struct packer {
     // Rows from the pool only: what is kept is rotated already.
     __device__ void rotate() {
         for (int first = 0, run; first < d(); first += run) {
-            run = run_of_channels(d(), first);
+            run = rotation_run(d(), first);
             rotate_run(first, run);
         }
     }
@@ -321,7 +231,7 @@ struct packer {
             const int  place = vector * part.n_outlier;
             uint16_t * value = reinterpret_cast<uint16_t *>(tile + part.outlier_value) + vector * part.n_outlier;
             for (int slot = n_low + n_high + lane; slot < part.n_outlier; slot += warp_threads) {
-                set_outlier_index(layout, tile, place + slot, unwritten);
+                store_outlier_index(layout, place + slot, unwritten, tile);
                 value[slot] = 0;
             }
             for (int i = lane; i < length; i += warp_threads) {
@@ -336,7 +246,7 @@ struct packer {
                 }
                 const int slot = rank < n_low ? rank : n_present - 1 - rank < n_high ? n_low + n_present - 1 - rank : -1;
                 if (slot >= 0) {
-                    set_outlier_index(layout, tile, place + slot, i);
+                    store_outlier_index(layout, place + slot, i, tile);
                     value[slot] = to_half(x);
                 }
             }
@@ -459,7 +369,7 @@ struct packer {
                         const int lane = lane0 + 16 * half, shift = plane.width * (2 * sub + half);
                         for (int j = 0; j < 4 && lane < n_lane; ++j) {
                             const int depth = 4 * (quad0 + sub) + j, t = is_k ? lane : depth, c = is_k ? depth : lane;
-                            const int code = code_for(group_index(layout, t, c), Y[t * d() + c]);
+                            const int code = code_for(group_of(layout, t, c), Y[t * d() + c]);
                             word |= ((uint32_t) code >> plane.position & field) << (8 * j + shift);
                         }
                     }
@@ -474,129 +384,11 @@ struct packer {
     // L
     // -----------------------------------------------------------------------------------------------------------------------------------------
 
-    // The codec sums in f64; a tree of f32 sums is as good for a comparison.
-    __device__ float block_sum(float x) {
-        x              = warp_sum(x);
-        const int warp = (int) threadIdx.x / warp_threads, lane = (int) threadIdx.x % warp_threads;
-        float *   of_warp = s.sum + 2;
-        __syncthreads();
-        if (lane == 0) {
-            of_warp[warp] = x;
-        }
-        __syncthreads();
-        float sum = 0;
-        for (int i = 0; i < (int) blockDim.x / warp_threads; ++i) {
-            sum += of_warp[i];
-        }
-        return sum;
-    }
-
     __device__ float difference(const float * Y, int i) const {
-        const int   t = i / d(), c = i % d(), group = group_index(layout, t, c);
+        const int   t = i / d(), c = i % d(), group = group_of(layout, t, c);
         const float D = w.zero[group] + w.scale[group] * (float) code_at(layout, tile, t, c);
         const float x = Y[i] - D;
         return x == x ? x : 0.0f;
-    }
-
-    __device__ void random_start() {
-        for_each(layout.config.rank * d(), [&](int i) { s.B[i] = start_number(seed, i); });
-        __syncthreads();
-    }
-
-    // By the first warp: columns are short.
-    __device__ void orthonormalize(int n, float * M) {
-        const int  lane = (int) threadIdx.x % warp_threads;
-        const auto dot  = [&](const float * a, const float * b) {
-            float sum = 0;
-            for (int i = lane; i < n; i += warp_threads) {
-                sum += a[i] * b[i];
-            }
-            return warp_sum(sum);
-        };
-        for (int k = 0; k < layout.config.rank && threadIdx.x < (unsigned) warp_threads; ++k) {
-            float *     column = M + k * n;
-            const float before = dot(column, column);
-            for (int pass = 0; pass < 2; ++pass) {
-                for (int j = 0; j < k; ++j) {
-                    const float share = dot(column, M + j * n);
-                    for (int i = lane; i < n; i += warp_threads) {
-                        column[i] -= share * M[j * n + i];
-                    }
-                    __syncwarp();
-                }
-            }
-            const float factor = column_factor(before, dot(column, column));
-            for (int i = lane; i < n; i += warp_threads) {
-                column[i] *= factor;
-            }
-            __syncwarp();
-        }
-        __syncthreads();
-    }
-
-    __device__ void power_iteration(const float * R) {
-        const int r = layout.config.rank;
-        random_start();
-        for (int pass = 0; pass < 3; ++pass) {
-            orthonormalize(d(), s.B);
-            for_each_warp(T() * r, [&](int i, int lane) { // A = R B
-                const int k = i / T(), t = i % T();
-                float     sum = 0;
-                for (int c = lane; c < d(); c += warp_threads) {
-                    sum += R[t * d() + c] * s.B[k * d() + c];
-                }
-                sum = warp_sum(sum);
-                if (lane == 0) {
-                    s.A[i] = sum;
-                }
-            });
-            __syncthreads();
-            orthonormalize(T(), s.A);
-            for_each(r * d(), [&](int i) { // B = R^T A
-                const int k = i / d(), c = i % d();
-                float     sum = 0;
-                for (int t = 0; t < T(); ++t) {
-                    sum += s.A[k * T() + t] * R[t * d() + c];
-                }
-                s.B[i] = sum;
-            });
-            __syncthreads();
-        }
-    }
-
-    __device__ void store_column(int n, const float * column, float largest, uint8_t * stored) const {
-        const int   lane = (int) threadIdx.x % warp_threads, bits = layout.config.factor_bits;
-        const float limit = factor_limit(bits);
-        const auto  code  = [&](int i) { return factor_code(column[i], largest, limit); };
-        for (int i = lane; bits == 8 && i < n; i += warp_threads) {
-            stored[i] = (uint8_t) (int8_t) code(i);
-        }
-        for (int i = lane; bits == 4 && i < n / 2; i += warp_threads) {
-            stored[i] = factor_nibbles(code(i), code(i + n / 2));
-        }
-    }
-
-    // A and B into the tile.
-    __device__ void store_factors() {
-        const float limit = factor_limit(layout.config.factor_bits);
-        for_each_warp(layout.config.rank, [&](int k, int lane) {
-            const float *a = s.A + k * T(), *b = s.B + k * d();
-            float        largest_a = 0, largest_b = 0;
-            for (int t = lane; t < T(); t += warp_threads) {
-                largest_a = fmaxf(largest_a, fabsf(a[t]));
-            }
-            for (int c = lane; c < d(); c += warp_threads) {
-                largest_b = fmaxf(largest_b, fabsf(b[c]));
-            }
-            largest_a = warp_max(largest_a);
-            largest_b = warp_max(largest_b);
-            if (lane == 0) {
-                reinterpret_cast<float *>(tile + layout.part.sigma)[k] = factor_sigma(largest_a, largest_b, limit);
-            }
-            store_column(T(), a, largest_a, tile + layout.part.a + k * T() * layout.config.factor_bits / 8);
-            store_column(d(), b, largest_b, tile + layout.part.b + k * d() * layout.config.factor_bits / 8);
-        });
-        __syncthreads();
     }
 
     __device__ void add_low_rank() {
@@ -640,79 +432,19 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const __grid_constan
     for (int64_t job = blockIdx.x; job < (int64_t) args.n_job * args.side.n_head; job += gridDim.x) {
         const int      head = (int) (job % args.side.n_head), index = (int) (job / args.side.n_head);
         const pack_job which = args.jobs[index];
-        packer         p = { layout,
-                             args.side.pool + (int64_t) which.stream * args.side.n_row * stride + (int64_t) head * layout.d_head,
-                             (int) stride,
-                             args.source + (int64_t) index * layout.n_token,
-                             args.side.tiles + (((int64_t) which.stream * args.side.n_tile + which.tile) * args.side.n_head + head) * layout.part.bytes,
-                             args.seed,
-                             {},
-                             {} };
+        packer p = { { { layout,
+                         args.side.pool + (int64_t) which.stream * args.side.n_row * stride + (int64_t) head * layout.d_head,
+                         (int) stride,
+                         args.source + (int64_t) index * layout.n_token,
+                         args.side.tiles + (((int64_t) which.stream * args.side.n_tile + which.tile) * args.side.n_head + head) * layout.part.bytes,
+                         args.seed,
+                         {},
+                         {} } } };
         lay_out(layout, reinterpret_cast<float *>(args.scratch) + blockIdx.x * pack_scratch_floats(layout), p.w);
         lay_out(layout, p.s);
         p.pack();
         __syncthreads();
     }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-// Rows
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-
-constexpr int row_threads    = 256;
-constexpr int unpack_threads = 64;
-
-__global__ void __launch_bounds__(row_threads) write_rows_kernel(const __grid_constant__ write_arguments args) {
-    const int          row  = (int) blockIdx.x;
-    const write_side & side = args.side[blockIdx.y];
-    const int          slot = args.slot[blockIdx.y][row];
-    if (slot < 0) {
-        return;
-    }
-    const char * from = static_cast<const char *>(side.rows) + row * side.stride;
-    uint16_t *   to   = side.pool + (int64_t) slot * side.n_embd;
-    for_each(side.n_embd,
-             [&](int i) { to[i] = side.is_half ? reinterpret_cast<const uint16_t *>(from)[i] : to_half(reinterpret_cast<const float *>(from)[i]); });
-}
-
-__global__ void __launch_bounds__(row_threads) set_places_kernel(const __grid_constant__ place_arguments args) {
-    for (int i = (int) (blockIdx.x * blockDim.x + threadIdx.x); i < args.n; i += (int) (gridDim.x * blockDim.x)) {
-        args.place[args.index[i]] = args.value[i];
-    }
-}
-
-// What a packed tile says of one number, in the basis that was coded.
-__device__ inline float reconstructed_at(const tile_layout & layout, const uint8_t * tile, int t, int c) {
-    const gear_tile_layout & part   = layout.part;
-    const int                vector = layout.side == GEAR_SIDE_K ? c : t, entry = layout.side == GEAR_SIDE_K ? t : c;
-    float                    value = quantized_at(layout, tile, t, c) + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c);
-    for (int i = 0; i < part.n_outlier; ++i) {
-        const int place = vector * part.n_outlier + i;
-        value           = outlier_index_at(layout, tile, place) == entry ? from_half(half_at(tile + part.outlier_value, place)) : value;
-    }
-    return value;
-}
-
-// One cell of one head a block: rows as f16, cells never written as zeros.
-__global__ void __launch_bounds__(unpack_threads) unpack_kernel(const __grid_constant__ unpack_arguments args) {
-    const device_side & side   = args.side;
-    const tile_layout & layout = side.layout;
-    const int           head = (int) blockIdx.y, cell = args.first + (int) blockIdx.x, d = layout.d_head;
-    const int           place = side.place[(int64_t) args.stream * side.n_cell + cell];
-    uint16_t *          to    = args.rows + ((int64_t) blockIdx.x * side.n_head + head) * d;
-    if (place != place_packed) {
-        const uint16_t * from = side.pool + (((int64_t) args.stream * side.n_row + place) * side.n_head + head) * d;
-        for_each(d, [&](int c) { to[c] = place >= 0 ? from[c] : (uint16_t) 0; });
-        return;
-    }
-    const uint8_t * tile = side.tiles + (((int64_t) args.stream * side.n_tile + cell / layout.n_token) * side.n_head + head) * layout.part.bytes;
-    float *         row  = reinterpret_cast<float *>(shared_memory());
-    for_each(d, [&](int c) { row[c] = reconstructed_at(layout, tile, cell % layout.n_token, c); });
-    __syncthreads();
-    if (layout.config.rotate) {
-        hadamard_rows(row, 1, d, d);
-    }
-    for_each(d, [&](int c) { to[c] = to_half(in_half_range(row[c])); });
 }
 
 } // namespace gear::cuda

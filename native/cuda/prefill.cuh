@@ -210,7 +210,7 @@ template <int max_d> struct prefiller {
                 }
                 const int c = 4 * (line * n_sub + sub);
                 for (int j = 0; j < 4; ++j) {
-                    const group_range range = range_at(layout, tile, group_index(layout, 32 * lane_block, c + j));
+                    const group_range range = range_at(layout, tile, group_of(layout, 32 * lane_block, c + j));
                     for (int place = 0; place < 4; ++place) {
                         const int   t          = 32 * lane_block + 16 * (place / 2) + 2 * g() + place % 2;
                         const int   code       = codes.code[sub][place / 2][place % 2] >> 8 * j & 255;
@@ -240,7 +240,7 @@ template <int max_d> struct prefiller {
                     for (int place = 0; place < 4; ++place) {
                         const int c = 32 * lane_block + 16 * (place / 2) + 2 * g() + place % 2;
                         if (c < layout.d_head) {
-                            const group_range range = range_at(layout, tile, group_index(layout, t, c));
+                            const group_range range = range_at(layout, tile, group_of(layout, t, c));
                             const float       D     = range.zero + range.scale * (float) (codes.code[sub][place / 2][place % 2] >> 8 * j & 255);
                             v_at(t - token, c)      = to_half(in_half_range(D + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c)));
                         }

@@ -23,12 +23,11 @@
 
 #include "codec/ranges.h"
 #include "cuda/arguments.h"
-#include "cuda/machine.cuh"
+#include "cuda/block.cuh"
 
 namespace gear::cuda {
 
-constexpr int      warp_threads = 32;
-constexpr unsigned all_threads  = 0xffffffffu;
+constexpr unsigned all_threads = 0xffffffffu;
 
 struct alignas(8) word_pair { // one load of 8 bytes
     uint32_t word[2];
@@ -48,10 +47,6 @@ __host__ __device__ inline int most(int a, int b) {
 
 __device__ inline uint16_t half_at(const uint8_t * bytes, int i) {
     return reinterpret_cast<const uint16_t *>(bytes)[i];
-}
-
-__device__ inline int group_index(const tile_layout & layout, int token, int channel) {
-    return layout.side == GEAR_SIDE_K ? token / layout.group * layout.d_head + channel : channel / layout.group * layout.n_token + token;
 }
 
 // Lanes without padding.
@@ -75,14 +70,11 @@ __device__ inline group_range range_at(const tile_layout & layout, const uint8_t
 
 __device__ inline int code_at(const tile_layout & layout, const uint8_t * tile, int token, int channel) {
     const bool is_k = layout.side == GEAR_SIDE_K;
-    const int  lane = is_k ? token : channel, depth = is_k ? channel : token;
-    const int  quad = depth / 4;
     int        code = 0;
     for (int i = 0; i < layout.n_plane; ++i) {
-        const plane_info & plane = layout.plane[i];
-        const int          line  = lane / 32 * (layout.part.n_depth / 4 / plane.per_line) + quad / plane.per_line;
-        const int          shift = plane.width * (2 * (quad % plane.per_line) + lane % 32 / 16);
-        code |= (tile[plane.offset + 64 * line + 4 * (lane % 16) + depth % 4] >> shift & ((1 << plane.width) - 1)) << plane.position;
+        const plane_info &  plane    = layout.plane[i];
+        const code_position position = position_of(plane, layout.part.n_depth, is_k ? token : channel, is_k ? channel : token);
+        code |= (tile[plane.offset + position.byte] >> position.shift & ((1 << plane.width) - 1)) << plane.position;
     }
     return code;
 }
@@ -107,7 +99,7 @@ __device__ inline float b_at(const tile_layout & layout, const uint8_t * tile, i
 
 // D: what codes say.
 __device__ inline float quantized_at(const tile_layout & layout, const uint8_t * tile, int token, int channel) {
-    const group_range range = range_at(layout, tile, group_index(layout, token, channel));
+    const group_range range = range_at(layout, tile, group_of(layout, token, channel));
     return range.zero + range.scale * (float) code_at(layout, tile, token, channel);
 }
 
@@ -125,41 +117,7 @@ __device__ inline float mean_at(const tile_layout & layout, const uint8_t * tile
     return layout.config.center ? from_half(half_at(tile + layout.part.mean, channel)) : 0.0f;
 }
 
-// S: the index of an outlier within its vector.
-__device__ inline bool has_wide_index(const tile_layout & layout) {
-    return layout.side == GEAR_SIDE_V && layout.d_head > 256;
-}
-
-__device__ inline int outlier_index_at(const tile_layout & layout, const uint8_t * tile, int place) {
-    const uint8_t * index = tile + layout.part.outlier_index;
-    return has_wide_index(layout) ? half_at(index, place) : index[place];
-}
-
-__device__ inline void set_outlier_index(const tile_layout & layout, uint8_t * tile, int place, int index) {
-    uint8_t * to = tile + layout.part.outlier_index;
-    if (has_wide_index(layout)) {
-        reinterpret_cast<uint16_t *>(to)[place] = (uint16_t) index;
-    } else {
-        to[place] = (uint8_t) index;
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-// H: rotation_run of tile.h
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-
-__device__ inline int run_of_channels(int d, int first) {
-    if (d <= 256) {
-        return d;
-    }
-    int run = 16;
-    while (2 * run <= d - first) {
-        run *= 2;
-    }
-    return run;
-}
-
-// Channels of the block that channel c lies in. Of more than 256 channels the blocks are d's powers of two, the largest first: c's is that of the highest
+// Channels of H's block that channel c lies in. Of more than 256 channels the blocks are d's powers of two, the largest first: c's is that of the highest
 // bit in which c and d differ.
 __device__ inline int rotation_block(int d, int c) {
     if (d <= 256) {
@@ -306,7 +264,7 @@ __device__ inline void hadamard_run(float * rows, int n, int d, int stride) {
 // H of n rows of d floats.
 __device__ inline void hadamard_rows(float * rows, int n, int d, int stride) {
     for (int first = 0, run; first < d; first += run) {
-        run = run_of_channels(d, first);
+        run = rotation_run(d, first);
         hadamard_run(rows + first, n, run, stride);
     }
 }

@@ -8,7 +8,7 @@
 //
 // Both fit heads of 576 channels, in any configuration, into the 99 KiB of shared memory that a block has at least (sm_86, sm_89).
 //
-// The block's threads read the table of places, so that the host need not know what is packed when it launches; a captured graph stays valid.
+// The block's threads read the table of slots, so that the host need not know what is packed when it launches; a captured graph stays valid.
 #pragma once
 
 #include "cuda/arguments.h"

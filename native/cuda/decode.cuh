@@ -32,8 +32,8 @@ struct decode_shared {
     float *     shared_k;  // [rows, rank] q.b
     float *     shared_v;  // [rows, rank] p.a
     tile_ranges ranges_k, ranges_v;
-    int32_t *   place_k; // [T]
-    int32_t *   place_v; // [T]
+    int32_t *   slot_k; // [T]
+    int32_t *   slot_v; // [T]
     int         q_stride, p_stride, out_stride, bytes;
 };
 
@@ -72,9 +72,9 @@ __host__ __device__ inline void lay_out(const attend_arguments & args, unsigned 
     s.shared_v   = floats(decode_rows * max_rank);
     ranges(args.k, s.ranges_k);
     ranges(args.v, s.ranges_v);
-    s.place_k = reinterpret_cast<int32_t *>(take(4 * T));
-    s.place_v = reinterpret_cast<int32_t *>(take(4 * T));
-    s.bytes   = used;
+    s.slot_k = reinterpret_cast<int32_t *>(take(4 * T));
+    s.slot_v = reinterpret_cast<int32_t *>(take(4 * T));
+    s.bytes  = used;
 }
 
 __device__ inline void load_ranges(const tile_layout & layout, const uint8_t * tile, tile_ranges & r) {
@@ -239,10 +239,10 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
         int       found    = 0;
         for_each(T(), [&](int t) {
             const int64_t cell = (int64_t) cache_stream() * args.k.n_cell + tile * T() + t;
-            s.place_k[t]       = t < n_cell_k ? args.k.place[cell] : place_absent;
-            s.place_v[t]       = t < n_cell_k ? args.v.place[cell] : place_absent;
-            found |= (s.place_k[t] == place_packed) | (s.place_k[t] != place_packed) << 1;
-            found |= (s.place_v[t] == place_packed) << 2 | (s.place_v[t] != place_packed) << 3;
+            s.slot_k[t]        = t < n_cell_k ? args.k.slot[cell] : slot_absent;
+            s.slot_v[t]        = t < n_cell_k ? args.v.slot[cell] : slot_absent;
+            found |= (s.slot_k[t] == slot_packed) | (s.slot_k[t] != slot_packed) << 1;
+            found |= (s.slot_v[t] == slot_packed) << 2 | (s.slot_v[t] != slot_packed) << 3;
         });
         const bool      k_packed = __syncthreads_or(found & 1) != 0, k_exact = __syncthreads_or(found & 2) != 0;
         const bool      v_packed = __syncthreads_or(found & 4) != 0, v_exact = __syncthreads_or(found & 8) != 0;
@@ -334,13 +334,13 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
     __device__ void score_exact() {
         const int d = args.k.layout.d_head;
         for_each_warp(T(), [&](int t, int lane) {
-            const int place = s.place_k[t];
-            if (place == place_packed) {
+            const int slot = s.slot_k[t];
+            if (slot == slot_packed) {
                 return;
             }
             float dot[decode_rows] = {};
-            if (place >= 0) {
-                const uint32_t * row = reinterpret_cast<const uint32_t *>(exact_row_at(args.k, cache_stream(), place, head));
+            if (slot >= 0) {
+                const uint32_t * row = reinterpret_cast<const uint32_t *>(exact_row_at(args.k, cache_stream(), slot, head));
                 for (int c = lane; c < d / 2; c += warp_threads) {
                     const uint32_t pair = row[c];
                     const float    low = from_half((uint16_t) pair), high = from_half((uint16_t) (pair >> 16));
@@ -437,7 +437,7 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
         }
         __syncthreads();
         for_each(decode_rows * T(), [&](int i) {
-            if (s.place_v[i % T()] != place_packed) {
+            if (s.slot_v[i % T()] != slot_packed) {
                 s.p[i / T() * s.p_stride + i % T()] = 0;
             }
         });
@@ -449,11 +449,11 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
         const int n_team = decode_threads / n_pair, team = (int) threadIdx.x / n_pair, c = first + (int) threadIdx.x % n_pair;
         float     sum[decode_rows][2] = {};
         for (int t = team; team < n_team && t < T(); t += n_team) {
-            const int place = s.place_v[t];
-            if (place < 0) {
+            const int slot = s.slot_v[t];
+            if (slot < 0) {
                 continue;
             }
-            const uint32_t pair = reinterpret_cast<const uint32_t *>(exact_row_at(args.v, cache_stream(), place, head))[c];
+            const uint32_t pair = reinterpret_cast<const uint32_t *>(exact_row_at(args.v, cache_stream(), slot, head))[c];
             const float    low = from_half((uint16_t) pair), high = from_half((uint16_t) (pair >> 16));
             GEAR_UNROLL
             for (int r = 0; r < decode_rows; ++r) {
@@ -527,7 +527,7 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
             __syncthreads();
             for_each(layout.part.n_vector * n_outlier, [&](int i) {
                 const int t = i / n_outlier, c = outlier_index_at(layout, tile, i);
-                if (s.place_v[t] == place_packed) {
+                if (s.slot_v[t] == slot_packed) {
                     const float excess = outlier_excess(layout, tile, i, t, c);
                     for (int r = 0; r < n_rows; ++r) {
                         atomicAdd(&s.out[r * s.out_stride + c], s.p[r * s.p_stride + t] * excess);

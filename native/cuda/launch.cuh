@@ -23,9 +23,9 @@ inline int start_write_rows(const write_arguments * args, stream s) {
     return args->n > 0 ? start(write_rows_kernel, dim3((unsigned) args->n, (unsigned) args->n_side), row_threads, 0, s, *args) : 0;
 }
 
-inline int start_set_places(const place_arguments * args, stream s) {
+inline int start_set_slots(const slot_arguments * args, stream s) {
     const unsigned n_block = ((unsigned) args->n + row_threads - 1) / row_threads;
-    return args->n > 0 ? start(set_places_kernel, dim3(n_block < most_blocks ? n_block : most_blocks), row_threads, 0, s, *args) : 0;
+    return args->n > 0 ? start(set_slots_kernel, dim3(n_block < most_blocks ? n_block : most_blocks), row_threads, 0, s, *args) : 0;
 }
 
 inline int start_pack(const pack_arguments * args, int n_block, stream s) {

@@ -75,14 +75,14 @@ struct packer : low_rank_block {
     // X, sanitized and rotated. true: some rows stay as the tile has them.
     __device__ bool load() {
         int has_kept = 0;
-        for_each(T(), [&](int t) { has_kept |= source[t] == place_packed; });
+        for_each(T(), [&](int t) { has_kept |= source[t] == slot_packed; });
         has_kept = __syncthreads_or(has_kept);
         for_each(T() * d(), [&](int i) {
             const int t = i / d(), c = i % d(), from = source[t];
             float     x = 0;
             if (from >= 0) {
                 x = sanitized(from_half(pool[(int64_t) from * stride + c]));
-            } else if (has_kept && from == place_packed) {
+            } else if (has_kept && from == slot_packed) {
                 x = quantized_at(layout, tile, t, c);
                 x += low_rank_at(layout, tile, t, c);
             }
@@ -93,13 +93,13 @@ struct packer : low_rank_block {
             for_each(layout.part.n_vector * layout.part.n_outlier, [&](int i) {
                 const int vector = i / layout.part.n_outlier, index = outlier_index_at(layout, tile, i);
                 const int t = layout.side == GEAR_SIDE_K ? index : vector, c = layout.side == GEAR_SIDE_K ? vector : index;
-                if (source[t] == place_packed) {
+                if (source[t] == slot_packed) {
                     w.X[t * d() + c] = from_half(half_at(tile + layout.part.outlier_value, i));
                 }
             });
             __syncthreads();
             for_each(T() * d(), [&](int i) {
-                if (source[i / d()] == place_packed) {
+                if (source[i / d()] == slot_packed) {
                     w.X[i] = sanitized(w.X[i]);
                 }
             });
@@ -109,7 +109,7 @@ struct packer : low_rank_block {
             rotate();
         }
         for_each(T() * d(), [&](int i) {
-            if (source[i / d()] == place_absent) {
+            if (source[i / d()] == slot_absent) {
                 w.X[i] = nanf("");
             }
         });
@@ -158,7 +158,7 @@ struct packer : low_rank_block {
         float sum = 0;
         int   n   = 0;
         for (int t = 0; t < T(); ++t) {
-            if (source[t] != place_absent) {
+            if (source[t] != slot_absent) {
                 sum += x(t);
                 ++n;
             }
@@ -177,7 +177,7 @@ struct packer : low_rank_block {
         for_each(d(), [&](int c) {
             store_mean(c, has_kept ? s.mean[c] : mean_of_rows([&](int t) { return w.X[t * d() + c]; }));
             for (int t = 0; t < T(); ++t) {
-                if (source[t] != place_packed) {
+                if (source[t] != slot_packed) {
                     w.X[t * d() + c] = in_half_range(w.X[t * d() + c] - s.mean[c]);
                 }
             }
@@ -204,7 +204,7 @@ struct packer : low_rank_block {
             const int first = is_k ? group / d() * layout.group : group % T(), n = is_k ? layout.group : 1;
             bool      holds = false;
             for (int t = first; t < first + n; ++t) {
-                holds |= source[t] == place_packed;
+                holds |= source[t] == slot_packed;
             }
             const group_range range = range_at(layout, tile, group);
             w.zero[group]           = holds ? range.zero : infinite;
@@ -228,10 +228,10 @@ struct packer : low_rank_block {
             }
             unwritten        = is_k && unwritten < length ? unwritten : 0; // V: a token is written whole or not at all
             const int  n_low = least(part.n_outlier / 2, (n_present + 1) / 2), n_high = least(part.n_outlier / 2, n_present / 2);
-            const int  place = vector * part.n_outlier;
+            const int  first = vector * part.n_outlier;
             uint16_t * value = reinterpret_cast<uint16_t *>(tile + part.outlier_value) + vector * part.n_outlier;
             for (int slot = n_low + n_high + lane; slot < part.n_outlier; slot += warp_threads) {
-                store_outlier_index(layout, place + slot, unwritten, tile);
+                store_outlier_index(layout, first + slot, unwritten, tile);
                 value[slot] = 0;
             }
             for (int i = lane; i < length; i += warp_threads) {
@@ -246,13 +246,13 @@ struct packer : low_rank_block {
                 }
                 const int slot = rank < n_low ? rank : n_present - 1 - rank < n_high ? n_low + n_present - 1 - rank : -1;
                 if (slot >= 0) {
-                    store_outlier_index(layout, place + slot, i, tile);
+                    store_outlier_index(layout, first + slot, i, tile);
                     value[slot] = to_half(x);
                 }
             }
             __syncwarp(); // every rank was taken among all
             for (int slot = lane; slot < n_low + n_high; slot += warp_threads) {
-                entry[outlier_index_at(layout, tile, place + slot) * step] = nanf("");
+                entry[outlier_index_at(layout, tile, first + slot) * step] = nanf("");
             }
         });
         __syncthreads();
@@ -298,7 +298,7 @@ struct packer : low_rank_block {
         for (int t = first; t < first + layout.group; ++t) {
             const float y = Y[t * d() + c];
             if (!is_absent(y)) {
-                choice.add(y, source[t] == place_packed);
+                choice.add(y, source[t] == slot_packed);
             }
         }
         return choice.is_cut();
@@ -361,8 +361,8 @@ struct packer : low_rank_block {
             const int          n_line = layout.part.n_depth / 4 / plane.per_line; // of a lane block
             const uint32_t     field  = (1u << plane.width) - 1;
             uint32_t *         words  = reinterpret_cast<uint32_t *>(tile + plane.offset);
-            for_each(layout.part.n_lane / 32 * n_line * 16, [&](int place) {
-                const int lane0 = place / 16 / n_line * 32 + place % 16, quad0 = place / 16 % n_line * plane.per_line;
+            for_each(layout.part.n_lane / 32 * n_line * 16, [&](int i_word) {
+                const int lane0 = i_word / 16 / n_line * 32 + i_word % 16, quad0 = i_word / 16 % n_line * plane.per_line;
                 uint32_t  word = 0;
                 for (int sub = 0; sub < plane.per_line; ++sub) {
                     for (int half = 0; half < 2; ++half) {
@@ -374,7 +374,7 @@ struct packer : low_rank_block {
                         }
                     }
                 }
-                words[place] = word;
+                words[i_word] = word;
             });
         }
         __syncthreads();

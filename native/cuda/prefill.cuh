@@ -18,13 +18,13 @@ template <int max_d> struct prefill_sizes {
     static constexpr int  pad      = 8;                     // halves between rows, so that 8 rows of 4 words touch 32 banks
 };
 
-// Shared memory: q [rows, d_k + pad], K of the strip [strip, d_k + pad], V of the strip turned round [d_v, strip + pad], all f16; places of its cells.
+// Shared memory: q [rows, d_k + pad], K of the strip [strip, d_k + pad], V of the strip turned round [d_v, strip + pad], all f16; slots of its cells.
 template <int max_d> struct prefill_shared {
     uint16_t * q;
     uint16_t * k;
     uint16_t * v;
-    int32_t *  place_k;
-    int32_t *  place_v;
+    int32_t *  slot_k;
+    int32_t *  slot_v;
     int        k_stride, v_stride, bytes;
 };
 
@@ -39,12 +39,12 @@ template <int max_d> __host__ __device__ inline void lay_out(const attend_argume
         used += padded_to(2 * n, 16);
         return part;
     };
-    s.q       = halves(sizes::rows * s.k_stride);
-    s.k       = halves(sizes::is_large ? most(sizes::strip * s.k_stride, d_v * s.v_stride) : sizes::strip * s.k_stride);
-    s.v       = sizes::is_large ? s.k : halves(d_v * s.v_stride);
-    s.place_k = reinterpret_cast<int32_t *>(halves(2 * sizes::strip));
-    s.place_v = reinterpret_cast<int32_t *>(halves(2 * sizes::strip));
-    s.bytes   = used;
+    s.q      = halves(sizes::rows * s.k_stride);
+    s.k      = halves(sizes::is_large ? most(sizes::strip * s.k_stride, d_v * s.v_stride) : sizes::strip * s.k_stride);
+    s.v      = sizes::is_large ? s.k : halves(d_v * s.v_stride);
+    s.slot_k = reinterpret_cast<int32_t *>(halves(2 * sizes::strip));
+    s.slot_v = reinterpret_cast<int32_t *>(halves(2 * sizes::strip));
+    s.bytes  = used;
 }
 
 // H of a row of a warp: channel c is x[c / 32] of lane c % 32. The codec's steps in the codec's order. A block begins at a multiple of its size, so that
@@ -160,9 +160,9 @@ template <int max_d> struct prefiller {
         for_each(sizes::strip, [&](int i) {
             const int64_t cell = (int64_t) cache_stream() * args.k.n_cell + first + i;
             const bool    has  = first + i < args.k.n_cell;
-            s.place_k[i]       = has ? args.k.place[cell] : place_absent;
-            s.place_v[i]       = has ? args.v.place[cell] : place_absent;
-            found |= (s.place_k[i] == place_packed) | (s.place_v[i] == place_packed) << 1;
+            s.slot_k[i]        = has ? args.k.slot[cell] : slot_absent;
+            s.slot_v[i]        = has ? args.v.slot[cell] : slot_absent;
+            found |= (s.slot_k[i] == slot_packed) | (s.slot_v[i] == slot_packed) << 1;
         });
         const bool k_packed = __syncthreads_or(found & 1) != 0, v_packed = __syncthreads_or(found & 2) != 0;
         return (int) k_packed | (int) v_packed << 1;
@@ -187,10 +187,10 @@ template <int max_d> struct prefiller {
         }
         __syncthreads();
         if (with_k) {
-            load_exact(args.k, s.place_k);
+            load_exact(args.k, s.slot_k);
         }
         if (with_v) {
-            load_exact(args.v, s.place_v);
+            load_exact(args.v, s.slot_v);
         }
         __syncthreads();
     }
@@ -211,9 +211,9 @@ template <int max_d> struct prefiller {
                 const int c = 4 * (line * n_sub + sub);
                 for (int j = 0; j < 4; ++j) {
                     const group_range range = range_at(layout, tile, group_of(layout, 32 * lane_block, c + j));
-                    for (int place = 0; place < 4; ++place) {
-                        const int   t          = 32 * lane_block + 16 * (place / 2) + 2 * g() + place % 2;
-                        const int   code       = codes.code[sub][place / 2][place % 2] >> 8 * j & 255;
+                    for (int entry = 0; entry < 4; ++entry) {
+                        const int   t          = 32 * lane_block + 16 * (entry / 2) + 2 * g() + entry % 2;
+                        const int   code       = codes.code[sub][entry / 2][entry % 2] >> 8 * j & 255;
                         const float D          = range.zero + range.scale * (float) code;
                         k_at(t - token, c + j) = to_half(in_half_range(D + low_rank_at(layout, tile, t, c + j) + mean_at(layout, tile, c + j)));
                     }
@@ -237,11 +237,11 @@ template <int max_d> struct prefiller {
                 }
                 for (int j = 0; j < 4; ++j) {
                     const int t = 4 * ((first_line + line) * n_sub + sub) + j;
-                    for (int place = 0; place < 4; ++place) {
-                        const int c = 32 * lane_block + 16 * (place / 2) + 2 * g() + place % 2;
+                    for (int entry = 0; entry < 4; ++entry) {
+                        const int c = 32 * lane_block + 16 * (entry / 2) + 2 * g() + entry % 2;
                         if (c < layout.d_head) {
                             const group_range range = range_at(layout, tile, group_of(layout, t, c));
-                            const float       D     = range.zero + range.scale * (float) (codes.code[sub][place / 2][place % 2] >> 8 * j & 255);
+                            const float       D     = range.zero + range.scale * (float) (codes.code[sub][entry / 2][entry % 2] >> 8 * j & 255);
                             v_at(t - token, c)      = to_half(in_half_range(D + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c)));
                         }
                     }
@@ -262,15 +262,15 @@ template <int max_d> struct prefiller {
     }
 
     // Exact rows, and zeros for cells never written; as packed ones are.
-    __device__ void load_exact(const device_side & side, const int32_t * places) {
+    __device__ void load_exact(const device_side & side, const int32_t * slots) {
         const int  d    = side.layout.d_head;
         const bool is_k = side.layout.side == GEAR_SIDE_K;
         for_each_warp(sizes::strip, [&](int cell, int lane) {
-            const int place = places[cell];
-            if (place == place_packed) {
+            const int slot = slots[cell];
+            if (slot == slot_packed) {
                 return;
             }
-            const uint16_t * row = place >= 0 ? exact_row_at(side, cache_stream(), place, head) : nullptr;
+            const uint16_t * row = slot >= 0 ? exact_row_at(side, cache_stream(), slot, head) : nullptr;
             float            x[n_channel];
             GEAR_UNROLL
             for (int i = 0; i < n_channel; ++i) {

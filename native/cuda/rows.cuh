@@ -23,9 +23,9 @@ __global__ void __launch_bounds__(row_threads) write_rows_kernel(const __grid_co
              [&](int i) { to[i] = side.is_half ? reinterpret_cast<const uint16_t *>(from)[i] : to_half(reinterpret_cast<const float *>(from)[i]); });
 }
 
-__global__ void __launch_bounds__(row_threads) set_places_kernel(const __grid_constant__ place_arguments args) {
+__global__ void __launch_bounds__(row_threads) set_slots_kernel(const __grid_constant__ slot_arguments args) {
     for (int i = (int) (blockIdx.x * blockDim.x + threadIdx.x); i < args.n; i += (int) (gridDim.x * blockDim.x)) {
-        args.place[args.index[i]] = args.value[i];
+        args.slot[args.index[i]] = args.value[i];
     }
 }
 
@@ -35,8 +35,8 @@ __device__ inline float reconstructed_at(const tile_layout & layout, const uint8
     const int                vector = layout.side == GEAR_SIDE_K ? c : t, entry = layout.side == GEAR_SIDE_K ? t : c;
     float                    value = quantized_at(layout, tile, t, c) + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c);
     for (int i = 0; i < part.n_outlier; ++i) {
-        const int place = vector * part.n_outlier + i;
-        value           = outlier_index_at(layout, tile, place) == entry ? from_half(half_at(tile + part.outlier_value, place)) : value;
+        const int i_outlier = vector * part.n_outlier + i;
+        value               = outlier_index_at(layout, tile, i_outlier) == entry ? from_half(half_at(tile + part.outlier_value, i_outlier)) : value;
     }
     return value;
 }
@@ -46,11 +46,11 @@ __global__ void __launch_bounds__(unpack_threads) unpack_kernel(const __grid_con
     const device_side & side   = args.side;
     const tile_layout & layout = side.layout;
     const int           head = (int) blockIdx.y, cell = args.first + (int) blockIdx.x, d = layout.d_head;
-    const int           place = side.place[(int64_t) args.stream * side.n_cell + cell];
-    uint16_t *          to    = args.rows + ((int64_t) blockIdx.x * side.n_head + head) * d;
-    if (place != place_packed) {
-        const uint16_t * from = side.pool + (((int64_t) args.stream * side.n_row + place) * side.n_head + head) * d;
-        for_each(d, [&](int c) { to[c] = place >= 0 ? from[c] : (uint16_t) 0; });
+    const int           slot = side.slot[(int64_t) args.stream * side.n_cell + cell];
+    uint16_t *          to   = args.rows + ((int64_t) blockIdx.x * side.n_head + head) * d;
+    if (slot != slot_packed) {
+        const uint16_t * from = side.pool + (((int64_t) args.stream * side.n_row + slot) * side.n_head + head) * d;
+        for_each(d, [&](int c) { to[c] = slot >= 0 ? from[c] : (uint16_t) 0; });
         return;
     }
     const uint8_t * tile = side.tiles + (((int64_t) args.stream * side.n_tile + cell / layout.n_token) * side.n_head + head) * layout.part.bytes;

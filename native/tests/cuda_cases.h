@@ -192,8 +192,8 @@ struct packing {
     std::vector<uint8_t> expected(const std::vector<uint16_t> & rows, const std::vector<int32_t> & source, int head, const uint8_t * old) const {
         std::vector<uint8_t> written(T), kept(T), tile((size_t) layout.part.bytes + tile_align), scratch(pack_scratch_bytes(layout) + tile_align);
         for (int t = 0; t < T; ++t) {
-            written[t] = source[t] != cuda::place_absent;
-            kept[t]    = source[t] == cuda::place_packed;
+            written[t] = source[t] != cuda::slot_absent;
+            kept[t]    = source[t] == cuda::slot_packed;
         }
         const auto aligned = [](std::vector<uint8_t> & bytes) {
             return (uint8_t *) (((uintptr_t) bytes.data() + tile_align - 1) / tile_align * tile_align);
@@ -259,11 +259,11 @@ struct packing {
         std::vector<int32_t>  source(T);
         const int             absent = kind % 3 == 0 ? 0 : whole(1, 8);
         for (int t = 0; t < T; ++t) { // anywhere in the pool
-            source[t] = absent && t % 8 < absent ? cuda::place_absent : (t * 2 + 1) % n_row;
+            source[t] = absent && t % 8 < absent ? cuda::slot_absent : (t * 2 + 1) % n_row;
         }
         if (kind % 3 == 2) { // whole groups and the tile's end were never written
-            std::fill(source.begin(), source.begin() + 32, cuda::place_absent);
-            std::fill(source.end() - 9, source.end(), cuda::place_absent);
+            std::fill(source.begin(), source.begin() + 32, cuda::slot_absent);
+            std::fill(source.end() - 9, source.end(), cuda::slot_absent);
         }
         const std::vector<uint8_t> before((size_t) n_head * layout.part.bytes, 0xa5); // whatever was there must not show
         const std::vector<uint8_t> first = pack(rows, source, before);
@@ -271,7 +271,7 @@ struct packing {
 
         std::vector<int32_t> again(T);
         for (int t = 0; t < T; ++t) {
-            again[t] = source[t] >= 0 && whole(0, 3) != 0 ? cuda::place_packed : t % 5 == 1 ? cuda::place_absent : t;
+            again[t] = source[t] >= 0 && whole(0, 3) != 0 ? cuda::slot_packed : t % 5 == 1 ? cuda::slot_absent : t;
         }
         const std::vector<uint8_t> second = pack(rows, again, first);
         compare(what + ", again", rows, again, second, first);
@@ -316,7 +316,7 @@ struct both_sides {
     std::unique_ptr<store>                 rows;
     std::unique_ptr<array<uint8_t>>        tiles;
     std::unique_ptr<array<uint16_t>>       pool;
-    std::unique_ptr<array<int32_t>>        place;
+    std::unique_ptr<array<int32_t>>        slot;
     cuda::device_side                      on_device = {};
 
     both_sides(const gear_config & config, gear_side which, const shape & s) : which(which) {
@@ -353,7 +353,7 @@ struct both_sides {
         const size_t          bytes = s.n_head * rows->tile_bytes(), n_embd = s.n_embd();
         std::vector<uint8_t>  all((size_t) s.n_stream * n_tile * std::max<size_t>(bytes, 1), 0xee);
         std::vector<uint16_t> pooled((size_t) s.n_stream * n_row * n_embd, 0x7e00); // what is in no row must not show
-        std::vector<int32_t>  places((size_t) s.n_stream * s.n_cell);
+        std::vector<int32_t>  slots((size_t) s.n_stream * s.n_cell);
         for (int stream = 0; stream < s.n_stream; ++stream) {
             for (int tile = 0; tile < n_tile; ++tile) {
                 const tile_view view = rows->view(stream, tile);
@@ -361,10 +361,10 @@ struct both_sides {
                     memcpy(&all[((size_t) stream * n_tile + tile) * bytes], view.packed, bytes);
                 }
                 for (int t = 0; t < view.n_token; ++t) {
-                    const int32_t slot                                              = view.slot[t];
-                    places[(size_t) stream * s.n_cell + (size_t) tile * s.tile + t] = slot >= 0                        ? slot
-                                                                                      : view.packed && view.in_tile[t] ? cuda::place_packed
-                                                                                                                       : cuda::place_absent;
+                    const int32_t slot                                             = view.slot[t];
+                    slots[(size_t) stream * s.n_cell + (size_t) tile * s.tile + t] = slot >= 0                        ? slot
+                                                                                     : view.packed && view.in_tile[t] ? cuda::slot_packed
+                                                                                                                      : cuda::slot_absent;
                     if (slot >= 0) {
                         memcpy(&pooled[((size_t) stream * n_row + slot) * n_embd], rows->row(stream, slot), n_embd * 2);
                     }
@@ -373,14 +373,14 @@ struct both_sides {
         }
         tiles               = std::make_unique<array<uint8_t>>(on, all);
         pool                = std::make_unique<array<uint16_t>>(on, pooled);
-        place               = std::make_unique<array<int32_t>>(on, places);
+        slot                = std::make_unique<array<int32_t>>(on, slots);
         tile_layout of_rows = {};
         of_rows.config.bits = 16;
         of_rows.side        = which;
         of_rows.n_token     = s.tile;
         of_rows.d_head      = s.d_head;
         on_device           = {
-            codec ? codec->layout() : of_rows, tiles->data, pool->data, place->data, nullptr, s.n_head, (int32_t) s.n_cell, n_tile, n_row, codec != nullptr
+            codec ? codec->layout() : of_rows, tiles->data, pool->data, slot->data, nullptr, s.n_head, (int32_t) s.n_cell, n_tile, n_row, codec != nullptr
         };
     }
 };
@@ -716,7 +716,7 @@ struct twins {
         second.table_of_its_own(std::make_shared<cuda::cache_table>(worker, *table));
         f(there);
         f(second);
-        CHECK(table->book().agrees(second.table().book()) && second.table().book().agrees(table->book()));
+        CHECK(table->planner().agrees(second.table().planner()) && second.table().planner().agrees(table->planner()));
         second.table_of_its_own(table);
         wait();
     }

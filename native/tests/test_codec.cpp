@@ -430,12 +430,12 @@ static void test_outliers() {
             for (int vector = 0; vector < c.layout.part.n_vector; ++vector) { // all of them, of both signs, far out
                 for (int k = 0; k < c.layout.part.n_outlier / 2; ++k) {
                     for (const float sign : { 1.0f, -1.0f }) {
-                        int place;
+                        int index;
                         do {
                             const int i = (int) (random() % length);
-                            place       = side == GEAR_SIDE_K ? i * c.d() + vector : vector * c.d() + i;
-                        } while (std::fabs(x[place]) > 90);
-                        x[place] = sign * half_to_float(float_to_half(100 + (float) (random() % 1000) * 0.37f));
+                            index       = side == GEAR_SIDE_K ? i * c.d() + vector : vector * c.d() + i;
+                        } while (std::fabs(x[index]) > 90);
+                        x[index] = sign * half_to_float(float_to_half(100 + (float) (random() % 1000) * 0.37f));
                     }
                 }
             }

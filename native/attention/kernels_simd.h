@@ -1,5 +1,6 @@
 // kernels_simd.h - the kernels of attention for any vector level. A level's source file defines a struct V, its vectors and what they can do, in an
-// unnamed namespace (so that no two files share an instantiation) and takes its table from kernels_for<V>.
+// unnamed namespace (so that no two files share an instantiation) and takes its table from kernels_for<V>. It is one file of more than 500 lines, because
+// every level compiles all of it, and what is instantiated nowhere else can be checked in one place.
 //
 // Exact where the scalar reference is, but for one thing: the 8-bit products. The numbers x_i scale_gi of a row are counted in steps, whole parts of the
 // largest of them, and rounded: to one signed byte (q) or one unsigned byte (p, which is never negative) where that adds little to the error of the codes

@@ -6,6 +6,9 @@
 //
 // X is [T, d]: T tokens, d channels. What the stored bytes mean is told in tile.h; this file says how they are chosen.
 //
+// One file of more than 500 lines, because it is read beside the paper from X to the tile: each part needs the one before, and the scalar loops stand
+// where the method calls them.
+//
 // Every part is rounded to its stored form before the next one is computed, so that each sees, and mends, the errors of those before.
 
 #include "codec/codec.h"

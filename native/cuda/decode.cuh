@@ -1,4 +1,5 @@
-// decode.cuh - attention of few queries: see attend.cuh.
+// decode.cuh - attention of few queries: see attend.cuh. One file of more than 500 lines: the kernel's steps share one plan of shared memory and of
+// barriers, and a barrier is only seen to be right beside what stands before and after it.
 #pragma once
 
 #include "cuda/attend.cuh"

@@ -27,7 +27,7 @@
 # stage that results.jsonl says was done is not done again; what did not fit is a line that says so, and is done by the next call. After a change of the
 # code remove .gpu/results.jsonl (and gpu-results, if that is $OUT), so that all is measured anew.
 #
-# GEARCPP_CUDA=1 is set here: the wrapper is opt-in until this script has shown it to be right.
+# GEARCPP_CUDA=1 is set here: the GEAR cache on a GPU is opt-in until this script has shown it to be right.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 export root=$PWD

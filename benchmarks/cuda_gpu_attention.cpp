@@ -117,30 +117,30 @@ struct gear_side_memory {
     gear::tile_layout       layout;
     int                     n_row;
     size_t                  n_tile;
-    device_memory           tiles, pool, place;
+    device_memory           tiles, pool, slot_table;
     gear::cuda::device_side side = {};
 
     gear_side_memory(const gear::cuda::api & with, gear::cuda::stream s, const gear_config & config, gear_side which, const shape & sh, int n_stream, int n_cell)
         : layout(gear::make_layout(config, which, sh.d)), n_row(config.tile + 512), n_tile((size_t) (n_cell + config.tile - 1) / config.tile),
           tiles(with, n_stream * n_tile * sh.n_head_kv * layout.part.bytes), pool(with, (size_t) n_stream * n_row * sh.n_head_kv * sh.d * 2),
-          place(with, (size_t) n_stream * n_cell * 4) {
+          slot_table(with, (size_t) n_stream * n_cell * 4) {
         if (!ok()) {
             return;
         }
         const size_t                row = (size_t) sh.n_head_kv * sh.d;
         const std::vector<uint16_t> rows = random_halves((size_t) n_row * row);
-        std::vector<int32_t>        places((size_t) n_stream * n_cell, gear::cuda::place_packed), source(config.tile);
+        std::vector<int32_t>        slots((size_t) n_stream * n_cell, gear::cuda::slot_packed), source(config.tile);
         for (int stream = 0; stream < n_stream; ++stream) {
             check(with, with.upload(pool.data + stream * n_row * row * 2, rows.data(), rows.size() * 2, s), "upload");
             for (int i = 0; i < config.n_tail && i < n_cell; ++i) {
-                places[(size_t) stream * n_cell + n_cell - 1 - i] = i;
+                slots[(size_t) stream * n_cell + n_cell - 1 - i] = i;
             }
         }
         for (int t = 0; t < config.tile; ++t) {
             source[t] = t;
         }
-        check(with, with.upload(place.data, places.data(), places.size() * 4, s), "upload");
-        side = { layout, tiles.data, reinterpret_cast<uint16_t *>(pool.data), reinterpret_cast<const int32_t *>(place.data), nullptr, sh.n_head_kv, n_cell,
+        check(with, with.upload(slot_table.data, slots.data(), slots.size() * 4, s), "upload");
+        side = { layout, tiles.data, reinterpret_cast<uint16_t *>(pool.data), reinterpret_cast<const int32_t *>(slot_table.data), nullptr, sh.n_head_kv, n_cell,
                  (int32_t) n_tile, n_row, true };
         device_memory              jobs(with, sizeof(gear::cuda::pack_job)), from(with, source.size() * 4), scratch(with, with.pack_scratch_bytes(&layout, 64));
         const gear::cuda::pack_job first = { 0, 0 };
@@ -154,7 +154,7 @@ struct gear_side_memory {
         }
         check(with, with.wait_stream(s), "wait");
     }
-    bool ok() const { return tiles.ok && pool.ok && place.ok; }
+    bool ok() const { return tiles.ok && pool.ok && slot_table.ok; }
 };
 
 gear_config preset(int bits) {

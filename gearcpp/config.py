@@ -109,7 +109,7 @@ def check_config(config: GearConfig) -> None:
     if config.tile not in (64, 128, 256):
         raise ConfigError(f"tile must be 64, 128 or 256, not {config.tile!r}")
     whole("group_k", 0, config.tile)
-    whole("group_v", 0, 256)
+    whole("group_v", 0, 576)
     if config.group_k % 32 or (config.group_k and config.tile % config.group_k):
         raise ConfigError(f"group_k must be 0 or a multiple of 32 that divides the tile ({config.tile}), not {config.group_k}")
     if config.group_v % 32:

@@ -53,8 +53,10 @@ def tokens(random: np.random.Generator) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_state_restores_under_gear_and_under_f16(random_model: RandomModel, tokens: list[int]) -> None:
-    llm = load(random_model(), seed=5)
+@pytest.mark.parametrize("d_head", [64, 512, 576])
+def test_a_state_restores_under_gear_and_under_f16(d_head: int, random_model: RandomModel, tokens: list[int]) -> None:
+    path = random_model("llama", Shape(d_head=d_head) if d_head == 64 else Shape(n_head=2, n_head_kv=1, d_head=d_head))
+    llm = load(path, seed=5)
     llm.eval(tokens)
     expected = next_logits(llm)
     state = llm.save_state()
@@ -68,7 +70,7 @@ def test_a_state_restores_under_gear_and_under_f16(random_model: RandomModel, to
     assert llm.input_ids[: len(tokens)].tolist() == tokens
     assert distance(expected, next_logits(llm)) < NEAR
 
-    for other in (load(random_model(), SMALL.replace(bits_k=4)), plain(random_model())):
+    for other in (load(path, SMALL.replace(bits_k=4)), plain(path)):
         other.load_state(state)
         assert (other.n_tokens, other._seed) == (len(tokens), 5)
         assert distance(expected, next_logits(other)) < NEAR

@@ -163,9 +163,18 @@ def test_an_empty_context(random_model: RandomModel, llm: Llama, tmp_path: Path)
     np.testing.assert_array_equal(next_logits(llm), next_logits(fresh))
 
 
-def test_a_context_that_lost_its_middle(random_model: RandomModel, tokens: list[int], tmp_path: Path) -> None:
+LARGE_HEADS = {
+    "heads of 64": ("llama", Shape()),
+    "heads of 512": ("llama", Shape(n_head=2, n_head_kv=1, d_head=512)),
+    "K of 576, turned in part, and V of 512": ("minicpm3", Shape(n_layer=1, n_head=2, n_head_kv=2, d_head=576, d_head_v=512)),
+}
+
+
+@pytest.mark.parametrize("heads", LARGE_HEADS)
+def test_a_context_that_lost_its_middle(heads: str, random_model: RandomModel, tokens: list[int], tmp_path: Path) -> None:
     """llama.cpp closes the gap, so tokens after it change their cells and are packed anew."""
-    llm, other, twin = load(random_model()), load(random_model()), load(random_model(), "f16")
+    path = random_model(*LARGE_HEADS[heads])
+    llm, other, twin = load(path), load(path), load(path, "f16")
     for each in (llm, twin):
         each.eval(tokens)
         each.shift_context(150, 101)
@@ -175,7 +184,7 @@ def test_a_context_that_lost_its_middle(random_model: RandomModel, tokens: list[
     assert distance(next_logits(llm), next_logits(other)) < NEAR
     assert distance(next_logits(twin), next_logits(other)) < NEAR
     other.save_session(tmp_path / "t")  # there is no gap any more
-    again = load(random_model())
+    again = load(path)
     again.load_session(tmp_path / "t")
     np.testing.assert_array_equal(next_logits(again), next_logits(other))
 

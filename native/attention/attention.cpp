@@ -3,6 +3,8 @@
 // The work is a grid of tasks: stream x KV head x block of queries x range of tiles. A task's rows are its queries times the query heads that share the
 // KV head, query by query. With one range of tiles a task writes its output; with several (decode with few KV heads) it leaves max, sum and output in
 // scratch, and after a barrier each row is merged from its ranges.
+//
+// One file of more than 500 lines: plan, worker and merge share the layout of one piece of scratch, which no other file should know.
 #include "attention/attention.h"
 
 #include "attention/kernels.h"

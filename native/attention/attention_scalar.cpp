@@ -13,10 +13,11 @@ void prepare_outliers(const prepared_tile & p) {
     const tile_layout & layout    = *p.layout;
     const int           n_outlier = layout.part.n_outlier, rank = layout.config.rank, stride = p.depth_stride();
     for (int depth = 0; n_outlier > 0 && depth < layout.part.n_vector; ++depth) {
-        const uint16_t * value   = (const uint16_t *) (p.tile + layout.part.outlier_value) + depth * n_outlier;
-        const uint8_t *  lane    = p.tile + layout.part.outlier_index + depth * n_outlier;
+        const uint16_t * value = (const uint16_t *) (p.tile + layout.part.outlier_value) + depth * n_outlier;
+        int              lane[max_depth];
         float *          outlier = p.outlier + depth * n_outlier;
         for (int i = 0; i < n_outlier; ++i) {
+            lane[i]    = outlier_index_at(layout, p.tile, depth * n_outlier + i);
             outlier[i] = half_to_float(value[i]) - p.zero[lane[i] / layout.group * stride + depth];
         }
         for (int k = 0; k < rank; ++k) {
@@ -31,12 +32,15 @@ void prepare_outliers(const prepared_tile & p) {
 
 void multiply_outliers(const prepared_tile & p, const const_rows & x, const rows & y) {
     const int n_vector = p.layout->part.n_vector, n_outlier = p.layout->part.n_outlier;
-    for (int i = 0; i < x.n; ++i) {
-        const uint8_t * lane    = p.tile + p.layout->part.outlier_index;
-        const float *   outlier = p.outlier;
-        float *         sum     = y.row(i);
-        for (int depth = 0; depth < n_vector; ++depth, lane += n_outlier, outlier += n_outlier) {
+    int       lane[max_depth];
+    for (int depth = 0; depth < n_vector; ++depth) {
+        const float * outlier = p.outlier + depth * n_outlier;
+        for (int j = 0; j < n_outlier; ++j) {
+            lane[j] = outlier_index_at(*p.layout, p.tile, depth * n_outlier + j);
+        }
+        for (int i = 0; i < x.n; ++i) {
             const float factor = x.row(i)[depth];
+            float *     sum    = y.row(i);
             for (int j = 0; j < n_outlier; ++j) {
                 sum[lane[j]] += factor * outlier[j];
             }
@@ -83,7 +87,7 @@ void prepare(const prepared_tile & p) {
 void multiply_codes(const prepared_tile & p, const const_rows & x, int first_lane, int last_lane, const rows & y) {
     const tile_layout & layout  = *p.layout;
     const int           n_depth = layout.part.n_depth, stride = p.depth_stride();
-    float               code[max_tile];
+    float               code[max_depth];
     for (int lane = first_lane; lane < std::min(last_lane, p.n_lane()); ++lane) {
         const float * scale = p.scale + lane / layout.group * stride;
         const float * zero  = p.zero + lane / layout.group * stride;

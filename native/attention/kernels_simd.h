@@ -1,5 +1,6 @@
 // kernels_simd.h - the kernels of attention for any vector level. A level's source file defines a struct V, its vectors and what they can do, in an
-// unnamed namespace (so that no two files share an instantiation) and takes its table from kernels_for<V>.
+// unnamed namespace (so that no two files share an instantiation) and takes its table from kernels_for<V>. It is one file of more than 500 lines, because
+// every level compiles all of it, and what is instantiated nowhere else can be checked in one place.
 //
 // Exact where the scalar reference is, but for one thing: the 8-bit products. The numbers x_i scale_gi of a row are counted in steps, whole parts of the
 // largest of them, and rounded: to one signed byte (q) or one unsigned byte (p, which is never negative) where that adds little to the error of the codes
@@ -169,8 +170,8 @@ template <class V> struct kernels_for {
     // n rows of x in steps of their own, and as bytes against the codes of a lane group: y = step * (sum + constant). With two bytes to a number a
     // row's high ones come before its low ones.
     template <int n_byte, int n> struct weights {
-        alignas(64) uint8_t byte[n_byte * n][max_tile];
-        alignas(64) float x[n][max_tile];
+        alignas(64) uint8_t byte[n_byte * n][max_depth];
+        alignas(64) float x[n][max_depth];
         float step[n], constant[n];
     };
 
@@ -181,6 +182,12 @@ template <class V> struct kernels_for {
     };
 
     template <bool positive> static constexpr int byte_levels = positive ? 255 : 127;
+
+    // Two signed bytes hold 127 * 256; over more than 512 depths codes of 7 bits leave room for less in a sum of 32 bits.
+    static int two_byte_levels(const prepared_tile & p) {
+        const int most = INT32_MAX / (p.layout->levels * p.layout->part.n_depth);
+        return most < 127 * 256 ? most : 127 * 256;
+    }
 
     // Two products of such a byte and a code fit in 16 signed bits, which AVX2's instruction needs.
     template <bool positive> static constexpr int most_bits_of_bytes = positive ? 6 : 7;
@@ -368,7 +375,7 @@ template <class V> struct kernels_for {
     template <int bits, bool positive, int n_byte, int n>
     static void multiply_codes(const prepared_tile & p, const float * top, const const_rows & x, int first_lane, int last_lane, const rows & y) {
         weights<n_byte, n> w;
-        round_to_steps(p, x, top, n_byte == 2 ? 127 * 256 : byte_levels<positive>, w);
+        round_to_steps(p, x, top, n_byte == 2 ? two_byte_levels(p) : byte_levels<positive>, w);
         for (int lane = first_lane; lane < last_lane;) {
             const int group = lane / p.layout->group;
             weigh<positive>(p, group, w);

@@ -85,11 +85,14 @@ uint64_t gear_tile_codec::format() const {
 }
 
 bool gear_tile_codec::is_sound(const uint8_t * tile) const {
-    const gear_tile_layout & part     = layout_.part;
-    const int                length   = layout_.side == GEAR_SIDE_K ? layout_.n_token : layout_.d_head;
-    const uint8_t *          outliers = tile + std::max<int64_t>(part.outlier_index, 0);
-    const int64_t            n        = part.outlier_index < 0 ? 0 : (int64_t) part.n_vector * part.n_outlier;
-    return std::all_of(outliers, outliers + n, [&](uint8_t index) { return index < length; });
+    const int     length = vector_length(layout_);
+    const int64_t n      = (int64_t) layout_.part.n_vector * layout_.part.n_outlier;
+    for (int64_t place = 0; place < n; ++place) {
+        if (outlier_index_at(layout_, tile, place) >= length) {
+            return false;
+        }
+    }
+    return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------

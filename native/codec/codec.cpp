@@ -6,6 +6,9 @@
 //
 // X is [T, d]: T tokens, d channels. What the stored bytes mean is told in tile.h; this file says how they are chosen.
 //
+// One file of more than 500 lines, because it is read beside the paper from X to the tile: each part needs the one before, and the scalar loops stand
+// where the method calls them.
+//
 // Every part is rounded to its stored form before the next one is computed, so that each sees, and mends, the errors of those before.
 
 #include "codec/codec.h"
@@ -29,8 +32,7 @@ constexpr float absent   = std::numeric_limits<float>::quiet_NaN(); // marks an 
 
 void to_half_range(int n, float * values) {
     for (int i = 0; i < n; ++i) {
-        const float value = values[i] < -half_max ? -half_max : values[i];
-        values[i]         = value > half_max ? half_max : value; // NaN stays
+        values[i] = in_half_range(values[i]);
     }
 }
 
@@ -48,7 +50,7 @@ struct workspace {
 };
 
 // Lays the workspace out from `scratch` on and returns its bytes. It reckons in numbers: from nullptr, which has no offsets, it only counts.
-size_t place_workspace(const tile_layout & layout, void * scratch, workspace & w) {
+size_t lay_out_workspace(const tile_layout & layout, void * scratch, workspace & w) {
     const size_t n = (size_t) layout.n_token * layout.d_head, n_group = layout.part.n_group, r = layout.config.rank;
     size_t       bytes = 0;
     const auto   take  = [&](size_t count) {
@@ -72,13 +74,10 @@ size_t place_workspace(const tile_layout & layout, void * scratch, workspace & w
 // X
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-// Nothing that is not a number and nothing beyond f16 gets into a tile: NaN becomes 0. So does -0: which of the two zeros is the lower one would depend on
-// the order in which they are looked at.
 void sanitize(int n, const float * x, float * X) {
     for (int i = 0; i < n; ++i) {
-        X[i] = (x[i] == x[i] ? x[i] : 0.0f) + 0.0f;
+        X[i] = sanitized(x[i]);
     }
-    to_half_range(n, X);
 }
 
 // kept: rows that X holds already.   w f32 [d]: with rotate 2
@@ -170,11 +169,11 @@ void add_to_mean(const tile_layout & layout, const float * X, const float * code
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
 // Indices of a vector's n_end / 2 lowest entries, then of its n_end / 2 highest; fewer when not so many are present. Returns how many there are.
-int pick_ends(const float * entry, int stride, int length, int n_end, uint8_t * index) {
+int pick_ends(const float * entry, int stride, int length, int n_end, uint16_t * index) {
     int n_present = 0;
     for (int i = 0; i < length; ++i) {
         if (!std::isnan(entry[i * stride])) {
-            index[n_present++] = (uint8_t) i;
+            index[n_present++] = (uint16_t) i;
         }
     }
     const auto lower = [&](int i, int j) { return entry[i * stride] != entry[j * stride] ? entry[i * stride] < entry[j * stride] : i < j; };
@@ -189,18 +188,18 @@ int pick_ends(const float * entry, int stride, int length, int n_end, uint8_t * 
 void filter_outliers(const tile_layout & layout, const uint8_t * written, float * X, uint8_t * tile) {
     const gear_tile_layout & part      = layout.part;
     const bool               is_k      = layout.side == GEAR_SIDE_K;
-    const int                length    = is_k ? layout.n_token : layout.d_head;
+    const int                length    = vector_length(layout);
     const int                stride    = is_k ? layout.d_head : 1; // from one entry of a vector to the next
     const int                unwritten = is_k && written ? (int) (std::find(written, written + length, 0) - written) : 0;
     for (int vector = 0; vector < part.n_vector; ++vector) {
         float *   entry = X + (is_k ? vector : (int64_t) vector * layout.d_head);
-        uint8_t   index[max_tile];
+        uint16_t  index[max_depth];
         const int n_end = pick_ends(entry, stride, length, part.n_outlier, index);
         for (int slot = 0; slot < part.n_outlier; ++slot) {
-            const int64_t place              = (int64_t) vector * part.n_outlier + slot;
-            const bool    is_filled          = slot < n_end;
-            tile[part.outlier_index + place] = is_filled ? index[slot] : (uint8_t) unwritten;
-            store_half(tile + part.outlier_value, place, is_filled ? float_to_half(entry[index[slot] * stride]) : 0);
+            const int64_t i_outlier = (int64_t) vector * part.n_outlier + slot;
+            const bool    is_filled = slot < n_end;
+            store_outlier_index(layout, i_outlier, is_filled ? index[slot] : unwritten, tile);
+            store_half(tile + part.outlier_value, i_outlier, is_filled ? float_to_half(entry[index[slot] * stride]) : 0);
             if (is_filled) {
                 entry[index[slot] * stride] = absent;
             }
@@ -211,7 +210,7 @@ void filter_outliers(const tile_layout & layout, const uint8_t * written, float 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // D = Quant_b(Y): uniform and asymmetric in each group, D = zero + scale * code
 //
-// Scale and zero are rounded to what is stored (stored.cpp) before codes are taken. The lowest value of a group takes a code rounded down, the highest one
+// Scale and zero are rounded to what is stored (ranges.h) before codes are taken. The lowest value of a group takes a code rounded down, the highest one
 // a code rounded up: then a decoded tile codes to itself, and a row that is packed again and again, because its neighbours change, does not drift.
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
@@ -240,13 +239,13 @@ int code_for(const group_coder & coder, int g, int levels, float y) {
     if (y >= coder.highest[g]) {
         return (int) coder.last[g];
     }
-    return (int) std::clamp(std::nearbyint((y - coder.zero[g]) * coder.inverse[g]), 0.0f, (float) levels); // the zero of a held range may lie above y
+    return nearest_code(y, coder.zero[g], coder.inverse[g], levels);
 }
 
 // Where the code of (t, c) lies in a plane: see tile.h.
-code_place place_of(const tile_layout & layout, const plane_info & plane, int t, int c) {
+code_position position_of(const tile_layout & layout, const plane_info & plane, int t, int c) {
     const bool is_k = layout.side == GEAR_SIDE_K;
-    return place_of(plane, layout.part.n_depth, is_k ? t : c, is_k ? c : t);
+    return position_of(plane, layout.part.n_depth, is_k ? t : c, is_k ? c : t);
 }
 
 void encode_scalar(const tile_layout & layout, const float * Y, const group_coder & coder, uint8_t * tile) {
@@ -256,10 +255,10 @@ void encode_scalar(const tile_layout & layout, const float * Y, const group_code
         std::fill_n(bytes, (int64_t) layout.part.n_lane * layout.part.n_depth * plane.width / 8, 0);
         for (int t = 0; t < layout.n_token; ++t) {
             for (int c = 0; c < layout.d_head; ++c) {
-                const int  code  = code_for(coder, group_of(layout, t, c), layout.levels, Y[(int64_t) t * layout.d_head + c]);
-                const int  bits  = code >> plane.position & ((1 << plane.width) - 1);
-                const auto place = place_of(layout, plane, t, c);
-                bytes[place.byte] |= (uint8_t) (bits << place.shift);
+                const int  code     = code_for(coder, group_of(layout, t, c), layout.levels, Y[(int64_t) t * layout.d_head + c]);
+                const int  bits     = code >> plane.position & ((1 << plane.width) - 1);
+                const auto position = position_of(layout, plane, t, c);
+                bytes[position.byte] |= (uint8_t) (bits << position.shift);
             }
         }
     }
@@ -274,35 +273,22 @@ void decode_scalar(const tile_layout & layout, const uint8_t * tile, const group
     }
 }
 
-// Shrink every group's range about its middle.
 void clip_ranges(const tile_layout & layout, const group_coder & coder) {
     for (int group = 0; group < layout.part.n_group; ++group) {
-        if (coder.lowest[group] < coder.highest[group]) {
-            const float middle = 0.5f * (coder.lowest[group] + coder.highest[group]), half = 0.5f * (coder.highest[group] - coder.lowest[group]);
-            coder.lowest[group]  = middle - half * layout.config.clip;
-            coder.highest[group] = middle + half * layout.config.clip;
-        }
+        clip_range(layout.config.clip, coder.lowest[group], coder.highest[group]);
     }
 }
 
-// Whether a group's kept rows keep the range old_low to old_high, which cuts off what the new ones have beyond it, or low to high becomes the range, which
-// rounds the kept ones once more: whichever adds the smaller squared error. A code rounded to the nearest has one of step^2 / 12. Without this a few new
-// rows, again and again, would wear down the many that stay.
+// Whether a group's kept rows keep the range old_low to old_high, or low to high becomes the range.
 bool is_cut(const tile_layout & layout, const kept_rows & kept, const float * Y, int t, int c, float old_low, float old_high, float low, float high) {
-    const float old_step = (old_high - old_low) / (float) layout.levels, step = (high - low) / (float) layout.levels;
-    const float old_rounding = old_step * old_step / 12.0f, rounding = step * step / 12.0f;
-    float       cut = 0, widened = 0;
+    range_choice choice = make_range_choice(old_low, old_high, low, high, layout.levels);
     for (int i = t; i < t + layout.group; ++i) {
         const float y = Y[(int64_t) i * layout.d_head + c];
-        if (std::isnan(y)) {
-            continue;
+        if (!std::isnan(y)) {
+            choice.add(y, kept.is_kept[i]);
         }
-        const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f; // a kept row's, too, where it was an outlier
-        const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f;                 // a configuration may clip
-        cut += beyond_old * beyond_old + (kept.is_kept[i] ? 0.0f : old_rounding);
-        widened += beyond * beyond + rounding;
     }
-    return cut <= widened;
+    return choice.is_cut();
 }
 
 // A group that holds a kept row does not narrow: the row then codes to what it was, unless the new ones widen the range.
@@ -346,15 +332,9 @@ void quantize(const tile_layout & layout, const pack_kernels & kernels, const fl
 // L = A B^T = PowerIteration_r(R), algorithm 2
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-// A start close to normal, the same on every machine: sums of four uniform numbers (splitmix64).
 void random_start(uint32_t seed, int n, float * B) {
-    uint64_t state = seed;
     for (int i = 0; i < n; ++i) {
-        uint64_t bits = state += 0x9e3779b97f4a7c15;
-        bits          = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
-        bits          = (bits ^ bits >> 27) * 0x94d049bb133111eb;
-        bits ^= bits >> 31;
-        B[i] = (float) ((int) (bits & 0xffff) + (int) (bits >> 16 & 0xffff) + (int) (bits >> 32 & 0xffff) + (int) (bits >> 48) - 2 * 0xffff) / 65536.0f;
+        B[i] = start_number(seed, i);
     }
 }
 
@@ -388,7 +368,7 @@ void orthonormalize(int n, int r, float * M) {
             }
         }
         const float after  = dot(n, column, column);
-        const float factor = after > 1e-10f * before && after > 1e-30f ? 1.0f / std::sqrt(after) : 0.0f;
+        const float factor = column_factor(before, after);
         for (int i = 0; i < n; ++i) {
             column[i] *= factor;
         }
@@ -513,10 +493,10 @@ void restore_outliers(const tile_layout & layout, const uint8_t * tile, float * 
     const bool               is_k = layout.side == GEAR_SIDE_K;
     for (int vector = 0; vector < part.n_vector; ++vector) {
         for (int slot = 0; slot < part.n_outlier; ++slot) {
-            const int64_t place = (int64_t) vector * part.n_outlier + slot;
-            const int     index = tile[part.outlier_index + place];
+            const int64_t i_outlier = (int64_t) vector * part.n_outlier + slot;
+            const int     index     = outlier_index_at(layout, tile, i_outlier);
             const int     t = is_k ? index : vector, c = is_k ? vector : index;
-            X[(int64_t) t * layout.d_head + c] = load_half(tile + part.outlier_value, place);
+            X[(int64_t) t * layout.d_head + c] = load_half(tile + part.outlier_value, i_outlier);
         }
     }
 }
@@ -564,14 +544,14 @@ const pack_kernels pack_kernels_scalar = { extremes_scalar,    encode_scalar,  d
 
 size_t pack_scratch_bytes(const tile_layout & layout) {
     workspace w;
-    return place_workspace(layout, nullptr, w);
+    return lay_out_workspace(layout, nullptr, w);
 }
 
 void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const uint8_t * written, uint8_t * tile, void * scratch, const kept_rows * kept,
                const uint8_t * basis) {
     const pack_kernels & kernels = kernels_in_use();
     workspace            w;
-    place_workspace(layout, scratch, w);
+    lay_out_workspace(layout, scratch, w);
     if (kept) {
         reconstruct(layout, kernels, kept->tile, w.coder, w.A, w.B, w.X);
         sanitize(layout.n_token * layout.d_head, w.X, w.X);
@@ -646,15 +626,19 @@ group_range range_of(const tile_layout & layout, const uint8_t * tile, int token
 uint8_t code_of(const tile_layout & layout, const uint8_t * tile, int token, int channel) {
     int code = 0;
     for (int i = 0; i < layout.n_plane; ++i) {
-        const plane_info & plane = layout.plane[i];
-        const code_place   place = place_of(layout, plane, token, channel);
-        code |= (tile[plane.offset + place.byte] >> place.shift & ((1 << plane.width) - 1)) << plane.position;
+        const plane_info &  plane    = layout.plane[i];
+        const code_position position = position_of(layout, plane, token, channel);
+        code |= (tile[plane.offset + position.byte] >> position.shift & ((1 << plane.width) - 1)) << plane.position;
     }
     return (uint8_t) code;
 }
 
 void hadamard(float * x, int d) {
-    kernels_in_use().hadamard(x, d);
+    const pack_kernels & kernels = kernels_in_use();
+    for (int first = 0, n; first < d; first += n) {
+        n = rotation_run(d, first);
+        kernels.hadamard(x + first, n);
+    }
 }
 
 } // namespace gear

@@ -2,6 +2,7 @@
 // tested against it. This room knows no ggml, no cells and no store.
 #pragma once
 
+#include "codec/ranges.h"
 #include "codec/tile.h"
 
 namespace gear {
@@ -33,14 +34,9 @@ void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const
 // xhat f32 [T, d]
 void unpack_tile(const tile_layout & layout, const uint8_t * tile, float * xhat);
 
-// The normalized Hadamard transform of a head in place, in blocks of the largest power of two that divides d (its own inverse).
+// H of tile.h: normalized Hadamard transforms of a head's blocks, in place (its own inverse).
 void hadamard(float * x, int d);
 
-// Scale and zero of a group as f32.
-struct group_range {
-    float scale;
-    float zero;
-};
 group_range range_of(const tile_layout & layout, const uint8_t * tile, int token, int channel);
 uint8_t     code_of(const tile_layout & layout, const uint8_t * tile, int token, int channel);
 

@@ -42,9 +42,9 @@ std::unique_ptr<void, aligned_delete> aligned_memory(size_t bytes) {
 
 // Every slot of the tile must point into its vector: the bytes may come from anywhere.
 void check_outliers(const tile_layout & layout, const uint8_t * tile) {
-    const int length = layout.side == GEAR_SIDE_K ? layout.n_token : layout.d_head;
+    const int length = vector_length(layout);
     for (int64_t i = 0; i < (int64_t) layout.part.n_vector * layout.part.n_outlier; ++i) {
-        const int index = tile[layout.part.outlier_index + i];
+        const int index = outlier_index_at(layout, tile, i);
         if (index >= length) {
             fail(GEAR_ERROR_DATA, "the tile is damaged or of another configuration: outlier %lld points at entry %d of a vector of %d", (long long) i,
                  index, length);
@@ -92,7 +92,7 @@ void write_outliers(const tile_layout & layout, const uint8_t * tile, float * va
             value[i] = half_to_float(halves[i]);
         }
         if (index) {
-            index[i] = tile[layout.part.outlier_index + i];
+            index[i] = outlier_index_at(layout, tile, i);
         }
     }
 }

@@ -1,5 +1,5 @@
 // kernels.h - the inner loops of packing and unpacking: those that touch every number of a tile. codec.cpp holds their scalar truth and the method around
-// them; fast_kernels.h writes them for the compiler's vectors. All levels take the same roundings in the same order, so their results are equal.
+// them; pack_simd.h writes them for the compiler's vectors. All levels take the same roundings in the same order, so their results are equal.
 #pragma once
 
 #include "codec/tile.h"
@@ -31,7 +31,7 @@ struct pack_kernels {
     void (*multiply_transposed)(int T, int d, int r, const float * R, const float * A, float * B);
     // out = x + sign * A B^T:   x, out [T, d]
     void (*add_product)(int T, int d, int r, const float * A, const float * B, float sign, const float * x, float * out);
-    // hadamard of codec.h
+    // one run of H (tile.h)
     void (*hadamard)(float * x, int d);
 };
 

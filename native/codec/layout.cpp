@@ -50,18 +50,11 @@ void check_side(const gear_side_config & c, const char * side) {
     check_share("clip", side, c.clip, 1.0f, false);
 }
 
-// nullptr when heads of d channels can be packed, else why not.
-const char * head_problem(int d) {
-    if (d < 32 || d > max_d_head) {
-        return "it must be from 32 to 256";
-    }
-    return d % 16 == 0 ? nullptr : "it must be a multiple of 16";
-}
-
 void check_head(gear_side side, int d) {
-    if (const char * problem = head_problem(d)) {
-        fail(GEAR_ERROR_UNSUPPORTED, "%s heads of %d channels cannot be packed: the head size %s. Keep this side as f16 (bits = 16).",
-             side == GEAR_SIDE_K ? "K" : "V", d, problem);
+    if (d < 32 || d > max_d_head || d % 16 != 0) {
+        fail(GEAR_ERROR_UNSUPPORTED,
+             "%s heads of %d channels cannot be packed: the head size must be a multiple of 16 from 32 to %d. Keep this side as f16 (bits = 16).",
+             side == GEAR_SIDE_K ? "K" : "V", d, max_d_head);
     }
 }
 
@@ -165,7 +158,7 @@ tile_layout make_layout(const gear_config & config, gear_side side, int d_head) 
     part.mean          = tile.place(layout.config.center ? 2 * d : 0);
     part.basis         = tile.place(layout.config.rotate == rotate_weighted ? basis_bytes(d) : 0);
     part.outlier_value = tile.place(2 * n_outlier);
-    part.outlier_index = tile.place(n_outlier);
+    part.outlier_index = tile.place(n_outlier * outlier_index_bytes(length));
     part.bytes         = tile.tile_bytes();
     return layout;
 }

@@ -4,7 +4,7 @@
 // Everything here is in an unnamed namespace, and nothing inline of another header is called: the linker keeps one copy of such a function for all files,
 // and that copy could be the one made for a processor that this is not.
 //
-// The sums and roundings are those of codec.cpp, in the same order: the results are equal bit for bit. The codes go through two small forms:
+// The sums and roundings are those of codec.cpp and ranges.h, in the same order: the results are equal bit for bit. The codes go through two small forms:
 //     strip   codes [n_row][n_column] of some tokens: 32 tokens for K, 16 for V; as many lines of the planes as hold these tokens are written from it
 //     brick   32 lanes x 16 depths in the order of the lines: 8 blocks (4 quads x 2 halves) of 64 bytes
 #pragma once

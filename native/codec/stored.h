@@ -1,15 +1,14 @@
-// stored.h - the parts of a tile in their stored precision: how scale, zero and factors are rounded to what tile.h stores for them, and read back.
+// stored.h - the parts of a tile in their stored precision: scale, zero and factors go into a tile's bytes as ranges.h rounds them, and are read back.
 #pragma once
 
 #include "codec/codec.h"
 #include "codec/kernels.h"
+#include "codec/ranges.h"
 #include "common/half.h"
 
 #include <cstring>
 
 namespace gear {
-
-constexpr float half_max = 65504.0f; // largest f16
 
 // Entry i of an array of f16.
 inline float load_half(const uint8_t * bytes, int64_t i) {

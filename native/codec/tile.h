@@ -7,7 +7,7 @@
 // mean of what D and L lose is added to M at the end.
 //
 // w (`rotate` 2; ours): what is coded is H (w o x) for each row x, with one weight a channel, 4 bits each; basis.h says why, and what the bits mean. With
-// `rotate` 1 it is H x.
+// `rotate` 1 it is H x. H is made of Hadamard transforms of blocks of channels (rotation_run).
 //
 // Groups. K is quantized per channel: a group is `group` consecutive tokens of one channel. V is quantized per token: a group is `group` consecutive
 // channels of one token (the last group of a head may be shorter). Each group has a scale and a zero:   D = zero + scale * code.
@@ -38,15 +38,16 @@
 // e >= n/2.
 //
 // S (section 3, "outliers"): vectors are channels for K (over tokens), tokens for V (over channels). Each has n_outlier = 2 * round(s/2 * length)
-// entries: index within the vector and the value in f16, which the reconstruction returns exactly, D and L notwithstanding. Codes at outliers are 0, so
-// that attention can take D back (it is `zero` there) without unpacking. Outliers have no say in lo, hi, scale and zero. A slot that a vector could not
-// fill (a tile only partly written) points at an unwritten cell and holds 0; a slot with the same index as an earlier one of its vector never occurs among
-// written cells.
+// entries: index within the vector, in one byte or, for vectors of more than 256, in two, and the value in f16, which the reconstruction returns exactly,
+// D and L notwithstanding. Codes at outliers are 0, so that attention can take D back (it is `zero` there) without unpacking. Outliers have no say in lo,
+// hi, scale and zero. A slot that a vector could not fill (a tile only partly written) points at an unwritten cell and holds 0; a slot with the same index
+// as an earlier one of its vector never occurs among written cells.
 //
 // Cells never written have code 0 in every channel, factor 0, and no say in lo, hi, scale, zero or outliers. What unpack gives for them is arbitrary but
 // finite: the store knows which cells were written.
 #pragma once
 
+#include "common/host_device.h"
 #include "gearcpp.h"
 
 #include <cstddef>
@@ -55,8 +56,9 @@
 namespace gear {
 
 constexpr int    max_tile   = 256;
-constexpr int    max_d_head = 256;
+constexpr int    max_d_head = 576;
 constexpr int    max_rank   = 16;
+constexpr int    max_depth  = max_tile > max_d_head ? max_tile : max_d_head; // of a tile, and entries of an outlier vector
 constexpr size_t tile_align = 64;
 
 struct plane_info {
@@ -80,12 +82,12 @@ struct tile_layout {
 };
 
 // Byte and shift of one code within a plane.
-struct code_place {
+struct code_position {
     int64_t byte;  // from the plane's start
     int     shift; //
 };
 
-inline code_place place_of(const plane_info & plane, int n_depth, int lane, int depth) {
+GEAR_HD inline code_position position_of(const plane_info & plane, int n_depth, int lane, int depth) {
     const int     lane_block = lane / 32, half = lane % 32 / 16, i = lane % 16;
     const int     quad = depth / 4, j = depth % 4;
     const int64_t line = (int64_t) lane_block * (n_depth / 4 / plane.per_line) + quad / plane.per_line;
@@ -93,8 +95,46 @@ inline code_place place_of(const plane_info & plane, int n_depth, int lane, int 
 }
 
 // Index of the scale and zero of (token, channel).
-inline int group_of(const tile_layout & layout, int token, int channel) {
+GEAR_HD inline int group_of(const tile_layout & layout, int token, int channel) {
     return layout.side == GEAR_SIDE_K ? token / layout.group * layout.d_head + channel : channel / layout.group * layout.n_token + token;
+}
+
+// Bytes of an outlier's index within its vector.
+GEAR_HD inline int outlier_index_bytes(int length) {
+    return length > 256 ? 2 : 1;
+}
+
+// Entries of an outlier vector: K's are channels over the tokens, V's tokens over the channels.
+GEAR_HD inline int vector_length(const tile_layout & layout) {
+    return layout.side == GEAR_SIDE_K ? layout.n_token : layout.d_head;
+}
+
+GEAR_HD inline int outlier_index_at(const tile_layout & layout, const uint8_t * tile, int64_t i) {
+    const uint8_t * index = tile + layout.part.outlier_index;
+    return outlier_index_bytes(vector_length(layout)) == 1 ? index[i] : index[2 * i] | index[2 * i + 1] << 8;
+}
+
+GEAR_HD inline void store_outlier_index(const tile_layout & layout, int64_t i, int index, uint8_t * tile) {
+    const int n_byte = outlier_index_bytes(vector_length(layout));
+    uint8_t * to     = tile + layout.part.outlier_index + n_byte * i;
+    to[0]            = (uint8_t) index;
+    if (n_byte == 2) {
+        to[1] = (uint8_t) (index >> 8);
+    }
+}
+
+// H goes run by run: from channel `first` on, so many channels, which are transformed in blocks of the largest power of two that divides their number.
+// Up to 256 channels are one run (80 = 5 blocks of 16). More are taken apart into powers of two, the largest first (576 = 512 + 64): the wider a block,
+// the more an outlier's size is shared out, and one of 512 costs one more step than two of 256. Errors of the choices: docs/architecture.md.
+GEAR_HD inline int rotation_run(int d, int first) {
+    if (d <= 256) {
+        return d;
+    }
+    int run = 16;
+    while (2 * run <= d - first) {
+        run *= 2;
+    }
+    return run;
 }
 
 } // namespace gear

@@ -1,12 +1,21 @@
-// half.h - IEEE binary16 in and out of f32, in portable C++. Kernels use their own instructions; this is the reference.
+// half.h - IEEE binary16 in and out of f32, in portable C++. Kernels use their own instructions; this is the reference. On a GPU it is the instruction.
 #pragma once
+
+#include "common/host_device.h"
 
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#    include <cuda_fp16.h>
+#endif
+
 namespace gear {
 
-inline float half_to_float(uint16_t h) {
+GEAR_HD inline float half_to_float(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+    return __half2float(__ushort_as_half(h));
+#else
     const uint32_t sign = (uint32_t) (h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
     uint32_t       bits;
     if (exponent == 31) {
@@ -21,10 +30,14 @@ inline float half_to_float(uint16_t h) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
+#endif
 }
 
 // Round to nearest, ties to even, as the hardware does. Overflow gives infinity.
-inline uint16_t float_to_half(float value) {
+GEAR_HD inline uint16_t float_to_half(float value) {
+#if defined(__CUDA_ARCH__)
+    return __half_as_ushort(__float2half_rn(value));
+#else
     uint32_t bits;
     memcpy(&bits, &value, 4);
     const uint16_t sign = (uint16_t) (bits >> 16 & 0x8000);
@@ -46,18 +59,19 @@ inline uint16_t float_to_half(float value) {
     const uint32_t odd = bits >> 13 & 1;
     bits += 0xc8000fff + odd; // rebias the exponent by -112 and round
     return sign | (uint16_t) (bits >> 13);
+#endif
 }
 
 // The nearest f16 not above / not below value.
-inline uint16_t float_to_half_down(float value) {
+GEAR_HD inline uint16_t float_to_half_down(float value) {
     uint16_t h = float_to_half(value);
     if (half_to_float(h) > value) {
-        h = h & 0x8000 ? h + 1 : h == 0 ? 0x8001 : h - 1;
+        h = (uint16_t) (h & 0x8000 ? h + 1 : h == 0 ? 0x8001 : h - 1);
     }
     return h;
 }
 
-inline uint16_t float_to_half_up(float value) {
+GEAR_HD inline uint16_t float_to_half_up(float value) {
     return float_to_half_down(-value) ^ 0x8000;
 }
 

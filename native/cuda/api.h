@@ -60,7 +60,7 @@ struct api {
     int (*fill)(void * device, int value, size_t bytes, stream s);
 
     int (*write_rows)(const write_arguments * args, stream s);
-    int (*set_places)(const place_arguments * args, stream s);
+    int (*set_slots)(const slot_arguments * args, stream s);
     int64_t (*pack_scratch_bytes)(const tile_layout * layout, int n_block);
     int (*pack)(const pack_arguments * args, int n_block, stream s); // n_block: blocks that the scratch is for
     int (*unpack)(const unpack_arguments * args, stream s);

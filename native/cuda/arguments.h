@@ -6,15 +6,15 @@
 namespace gear::cuda {
 
 // What a table of slots says of a cell: the slot of its exact row, or one of these.
-constexpr int32_t place_absent = -1; // never written: zeros
-constexpr int32_t place_packed = -2; // its tile holds it
+constexpr int32_t slot_absent = -1; // never written: zeros
+constexpr int32_t slot_packed = -2; // its tile holds it
 
 // One side (K or V) of one layer in device memory.
 struct device_side {
     tile_layout     layout;    // bits 16: every row is exact, and there are no tiles; n_token, d_head and side hold all the same
     uint8_t *       tiles;     // [n_stream, n_tile, n_head, layout.part.bytes]
     uint16_t *      pool;      // f16 [n_stream, n_row, n_head, d_head]
-    const int32_t * place;     // [n_stream, n_cell] slot of the cell's exact row in its stream's pool, or place_absent or place_packed
+    const int32_t * slot;      // [n_stream, n_cell] slot of the cell's exact row in its stream's pool, or slot_absent or slot_packed
     const float *   weight;    // nullptr (a weight for each channel of K is to come)
     int32_t         n_head;    // KV heads
     int32_t         n_cell;    // of a stream
@@ -39,9 +39,9 @@ struct write_arguments {
     const int32_t * slot[2]; // [n] of all streams (stream * n_row + slot), -1: another row of this write goes to the same cell
 };
 
-// Changes of a table of slots: place[index[i]] = value[i]
-struct place_arguments {
-    int32_t *       place;
+// Changes of a table of slots: slot[index[i]] = value[i]
+struct slot_arguments {
+    int32_t *       slot;
     const int32_t * index;
     const int32_t * value;
     int32_t         n;
@@ -57,7 +57,7 @@ struct pack_arguments {
     device_side      side;
     uint32_t         seed;
     const pack_job * jobs;    // [n_job]
-    const int32_t *  source;  // [n_job, n_token] slot of the exact row; place_absent: not to be coded; place_packed: stays as the tile has it
+    const int32_t *  source;  // [n_job, n_token] slot of the exact row; slot_absent: not to be coded; slot_packed: stays as the tile has it
     int32_t          n_job;   //
     uint8_t *        scratch; // [blocks, pack_scratch]
 };

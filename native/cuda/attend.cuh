@@ -3,10 +3,12 @@
 //
 //     decode.cuh  few queries. A block takes 8 rows (query x query head of one KV head) through a range of tiles: the codes are read once for all of them
 //                 and go straight into tensor-core products (tile_device.cuh has the lane mapping). Ranges are merged by merge_kernel.
-//     prefill.cuh many queries. A block takes 128 rows (64 for heads of more than 128 channels) through all tiles, a strip of cells at a time: the
-//                 strip is unpacked into f16 in shared memory, where all rows multiply with it. There is no f16 copy of the cache.
+//     prefill.cuh many queries. A block takes 128 rows (64 for heads of more than 128 channels, 32 of more than 256) through all tiles, a strip of
+//                 cells at a time: the strip is unpacked into f16 in shared memory, where all rows multiply with it. There is no f16 copy of the cache.
 //
-// The block's threads read the table of places, so that the host need not know what is packed when it launches; a captured graph stays valid.
+// Both fit heads of 576 channels, in any configuration, into the 99 KiB of shared memory that a block has at least (sm_86, sm_89).
+//
+// The block's threads read the table of slots, so that the host need not know what is packed when it launches; a captured graph stays valid.
 #pragma once
 
 #include "cuda/arguments.h"
@@ -15,7 +17,8 @@
 
 namespace gear::cuda {
 
-constexpr float log2_e = 1.4426950408889634f;
+constexpr float log2_e     = 1.4426950408889634f;
+constexpr int   large_head = 256; // heads of more channels than that have instances of their own
 
 __device__ inline float exp_fast(float x) {
     return exp2_fast(x * log2_e);

@@ -25,16 +25,16 @@ cache_table::slice::~slice() {
 }
 
 cache_table::cache_table(const api & with, const store_shape & like, bool has_tiles)
-    : with_(with), planner_(like, has_tiles), place_(with, planner_.slots().size() * sizeof(int32_t)) {
+    : with_(with), planner_(like, has_tiles), slot_table_(with, planner_.slots().size() * sizeof(int32_t)) {
     make_slices();
-    require_ok(with, with.fill(place_.data(), 0xff, place_.size(), nullptr), "clearing the table of cells"); // place_absent
+    require_ok(with, with.fill(slot_table_.data(), 0xff, slot_table_.size(), nullptr), "clearing the table of cells"); // slot_absent
     require_ok(with, with.wait_stream(nullptr), "clearing the table of cells");
 }
 
 cache_table::cache_table(cuda_worker & worker, const cache_table & other)
-    : with_(worker.with), planner_(other.planner_), place_(worker.with, other.place_.size()) {
+    : with_(worker.with), planner_(other.planner_), slot_table_(worker.with, other.slot_table_.size()) {
     make_slices();
-    require_ok(with_, with_.copy(place_.data(), other.place_.data(), place_.size(), worker.work), "copying the table of cells");
+    require_ok(with_, with_.copy(slot_table_.data(), other.slot_table_.data(), slot_table_.size(), worker.work), "copying the table of cells");
 }
 
 cache_table::~cache_table() = default;
@@ -47,7 +47,7 @@ void cache_table::make_slices() {
 }
 
 size_t cache_table::bytes() const {
-    size_t sum = place_.size();
+    size_t sum = slot_table_.size();
     for (const slice & s : slices_) {
         sum += s.device ? s.device->size() : 0;
     }
@@ -90,12 +90,12 @@ void cache_table::send(cuda_worker & worker) {
     put(value, plan_.value.data(), plan_.value.size() * 4);
     if (used > 0) {
         require_ok(with_, with_.upload(s.device->data(), s.host, used, worker.work), "sending a step's plan");
-        jobs_                      = reinterpret_cast<const pack_job *>(s.device->data() + jobs);
-        source_                    = reinterpret_cast<const int32_t *>(s.device->data() + source);
-        slot_                      = reinterpret_cast<const int32_t *>(s.device->data() + slot);
-        const place_arguments args = { reinterpret_cast<int32_t *>(place_.data()), reinterpret_cast<const int32_t *>(s.device->data() + index),
-                                       reinterpret_cast<const int32_t *>(s.device->data() + value), (int32_t) plan_.index.size() };
-        require_ok(with_, with_.set_places(&args, worker.work), "changing the table of cells");
+        jobs_                     = reinterpret_cast<const pack_job *>(s.device->data() + jobs);
+        source_                   = reinterpret_cast<const int32_t *>(s.device->data() + source);
+        slot_                     = reinterpret_cast<const int32_t *>(s.device->data() + slot);
+        const slot_arguments args = { reinterpret_cast<int32_t *>(slot_table_.data()), reinterpret_cast<const int32_t *>(s.device->data() + index),
+                                      reinterpret_cast<const int32_t *>(s.device->data() + value), (int32_t) plan_.index.size() };
+        require_ok(with_, with_.set_slots(&args, worker.work), "changing the table of cells");
     }
     require_ok(with_, with_.record(s.sent, worker.work), "recording an event");
     s.is_under = true;
@@ -128,12 +128,12 @@ void cache_table::plan_copy(cuda_worker & worker, int from, int to) {
 void cache_table::clear(cuda_worker & worker) {
     planner_.clear();
     plan_ = {};
-    require_ok(with_, with_.fill(place_.data(), 0xff, place_.size(), worker.work), "clearing the table of cells");
+    require_ok(with_, with_.fill(slot_table_.data(), 0xff, slot_table_.size(), worker.work), "clearing the table of cells");
 }
 
 void cache_table::adopt(cuda_worker & worker, const store & from) {
     planner_.adopt(from, plan_);
-    require_ok(with_, with_.fill(place_.data(), 0xff, place_.size(), worker.work), "clearing the table of cells");
+    require_ok(with_, with_.fill(slot_table_.data(), 0xff, slot_table_.size(), worker.work), "clearing the table of cells");
     send(worker);
 }
 
@@ -189,7 +189,7 @@ device_side cache_side::on_device() const {
     return { layout_,
              tiles_->data(),
              reinterpret_cast<uint16_t *>(pool_->data()),
-             table_->place(),
+             table_->slot_table(),
              nullptr,
              shape_.n_head,
              (int32_t) shape_.n_cell,

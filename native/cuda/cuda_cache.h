@@ -42,10 +42,9 @@ class cache_table {
     int              n_job() const { return (int) plan_.jobs.size(); }
     const int32_t *  source() const { return source_; }
     const int32_t *  slot() const { return slot_; }
-    const int32_t *  place() const { return reinterpret_cast<const int32_t *>(place_.data()); }
+    const int32_t *  slot_table() const { return reinterpret_cast<const int32_t *>(slot_table_.data()); }
 
     const slot_planner & planner() const { return planner_; }
-    const slot_planner & book() const { return planner_; } // its old name, which native/tests/cuda_cases.h still uses
     size_t               bytes() const;
 
   private:
@@ -65,7 +64,7 @@ class cache_table {
     const api &          with_;
     slot_planner         planner_;
     slot_plan            plan_;
-    device_block         place_;
+    device_block         slot_table_;
     slice                slices_[n_slice];
     int                  turn_      = 0;
     int64_t              last_step_ = 0;

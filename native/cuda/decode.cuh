@@ -1,4 +1,5 @@
-// decode.cuh - attention of few queries: see attend.cuh.
+// decode.cuh - attention of few queries: see attend.cuh. One file of more than 500 lines: the kernel's steps share one plan of shared memory and of
+// barriers, and a barrier is only seen to be right beside what stands before and after it.
 #pragma once
 
 #include "cuda/attend.cuh"
@@ -9,19 +10,20 @@ constexpr int decode_threads = 128;
 constexpr int decode_rows    = 8;
 constexpr int merge_threads  = 128;
 
-// Scales and zeros of one tile in shared memory.
+// Scales and zeros of one tile in shared memory. Those of a large head in f16 stay in the tile: there is no room for them.
 struct tile_ranges {
-    uint8_t * scale; // as stored
-    uint8_t * zero;
-    float *   lo;    // [n_set]
-    float *   width; // [n_set] hi - lo
-    float *   mean;  // [d] M, with `center`
+    uint8_t *       copy;  // scales, then zeros, as stored; nullptr: they are read where they lie
+    const uint8_t * scale; // as stored
+    const uint8_t * zero;
+    float *         lo;    // [n_set]
+    float *         width; // [n_set] hi - lo
+    float *         mean;  // [d] M, with `center`
 };
 
 // Shared memory of a block of decode, in floats but for the last parts.
 struct decode_shared {
     float *     q;         // [rows, q_stride] times scale, as packed tiles want it
-    float *     q_exact;   // the same as exact rows want it
+    float *     q_exact;   // the same as exact rows want it; nullptr: a large head's queries are read where they lie, which leaves room for the rest
     float *     p;         // [rows, p_stride] scores, then p
     float *     out;       // [rows, out_stride] from packed tiles, in their space
     float *     out_exact; // from exact rows
@@ -31,8 +33,8 @@ struct decode_shared {
     float *     shared_k;  // [rows, rank] q.b
     float *     shared_v;  // [rows, rank] p.a
     tile_ranges ranges_k, ranges_v;
-    int32_t *   place_k; // [T]
-    int32_t *   place_v; // [T]
+    int32_t *   slot_k; // [T]
+    int32_t *   slot_v; // [T]
     int         q_stride, p_stride, out_stride, bytes;
 };
 
@@ -48,18 +50,19 @@ __host__ __device__ inline void lay_out(const attend_arguments & args, unsigned 
     const auto floats = [&](int n) { return reinterpret_cast<float *>(take(4 * n)); };
     const auto ranges = [&](const device_side & side, tile_ranges & r) {
         const gear_tile_layout & part = side.layout.part;
-        const int                n    = side.has_tiles ? part.n_group * side.layout.config.scale_bits / 8 : 0;
-        r.scale                       = take(n);
-        r.zero                        = take(n);
-        r.lo                          = floats(side.has_tiles ? part.n_set : 0);
-        r.width                       = floats(side.has_tiles ? part.n_set : 0);
-        r.mean                        = floats(side.has_tiles && side.layout.config.center ? side.layout.d_head : 0);
+        const bool               stay = side.layout.d_head > large_head && side.layout.config.scale_bits == 16;
+        const int                n    = side.has_tiles && !stay ? part.n_group * side.layout.config.scale_bits / 8 : 0;
+        r.copy                        = n > 0 ? take(2 * n) : nullptr;
+        r.scale = r.zero = nullptr;
+        r.lo             = floats(side.has_tiles ? part.n_set : 0);
+        r.width          = floats(side.has_tiles ? part.n_set : 0);
+        r.mean           = floats(side.has_tiles && side.layout.config.center ? side.layout.d_head : 0);
     };
     s.q_stride   = padded_to(k.d_head, 32) + 16; // so that 4 threads on each of two neighbouring rows touch 32 banks
     s.p_stride   = T + 16;
     s.out_stride = padded_to(v.d_head, 32);
     s.q          = floats(decode_rows * s.q_stride);
-    s.q_exact    = rotates(args.k) ? floats(decode_rows * s.q_stride) : s.q;
+    s.q_exact    = !rotates(args.k) ? s.q : k.d_head > large_head ? nullptr : floats(decode_rows * s.q_stride);
     s.p          = floats(decode_rows * s.p_stride);
     s.out        = floats(decode_rows * s.out_stride);
     s.out_exact  = rotates(args.v) ? floats(decode_rows * s.out_stride) : s.out;
@@ -70,17 +73,19 @@ __host__ __device__ inline void lay_out(const attend_arguments & args, unsigned 
     s.shared_v   = floats(decode_rows * max_rank);
     ranges(args.k, s.ranges_k);
     ranges(args.v, s.ranges_v);
-    s.place_k = reinterpret_cast<int32_t *>(take(4 * T));
-    s.place_v = reinterpret_cast<int32_t *>(take(4 * T));
-    s.bytes   = used;
+    s.slot_k = reinterpret_cast<int32_t *>(take(4 * T));
+    s.slot_v = reinterpret_cast<int32_t *>(take(4 * T));
+    s.bytes  = used;
 }
 
-__device__ inline void load_ranges(const tile_layout & layout, const uint8_t * tile, const tile_ranges & r) {
+__device__ inline void load_ranges(const tile_layout & layout, const uint8_t * tile, tile_ranges & r) {
     const gear_tile_layout & part  = layout.part;
     const int                words = part.n_group * layout.config.scale_bits / 8 / 4; // n_group is a multiple of 16
-    for_each(words, [&](int i) {
-        reinterpret_cast<uint32_t *>(r.scale)[i] = reinterpret_cast<const uint32_t *>(tile + part.scale)[i];
-        reinterpret_cast<uint32_t *>(r.zero)[i]  = reinterpret_cast<const uint32_t *>(tile + part.zero)[i];
+    r.scale                        = r.copy ? r.copy : tile + part.scale;
+    r.zero                         = r.copy ? r.copy + 4 * words : tile + part.zero;
+    for_each(r.copy ? words : 0, [&](int i) {
+        reinterpret_cast<uint32_t *>(r.copy)[i]         = reinterpret_cast<const uint32_t *>(tile + part.scale)[i];
+        reinterpret_cast<uint32_t *>(r.copy)[words + i] = reinterpret_cast<const uint32_t *>(tile + part.zero)[i];
     });
     for_each(layout.config.center ? layout.d_head : 0, [&](int c) { r.mean[c] = mean_at(layout, tile, c); });
     if (layout.config.scale_bits == 8) {
@@ -171,12 +176,16 @@ __device__ __forceinline__ void of_columns(float of_row, float (&of_column)[2]) 
     }
 }
 
+// Lane blocks of V that a warp has, in heads of up to `large_head` channels and of up to max_d_head.
+constexpr int few_blocks  = large_head / 32 / (decode_threads / 32);
+constexpr int many_blocks = (max_d_head / 32 + decode_threads / 32 - 1) / (decode_threads / 32);
+
 // One block of decode.
-template <int bits_k, int bits_v> struct decoder {
+template <int bits_k, int bits_v, int n_block> struct decoder {
     const attend_arguments & args;
     decode_shared            s;
     int                      stream, head, first_row, n_rows, split; // stream of the op; KV head
-    float                    out_a[2][4], out_b[2][4];               // of the warp's two lane blocks of channels
+    float                    out[n_block][2][4];                     // of the warp's lane blocks of channels
 
     __device__ int           T() const { return args.k.layout.n_token; }
     __device__ int           cache_stream() const { return args.params.stream0 + stream; }
@@ -194,14 +203,18 @@ template <int bits_k, int bits_v> struct decoder {
         finish();
     }
 
+    // Goes into q, divided by the soft-cap where there is one.
+    __device__ float score_scale() const { return args.params.softcap != 0 ? args.params.scale / args.params.softcap : args.params.scale; }
+
     __device__ void load_queries() {
-        const gear_attention_params & params = args.params;
-        const float                   scale  = params.softcap != 0 ? params.scale / params.softcap : params.scale;
+        const float scale = score_scale();
         for_each(decode_rows * s.q_stride, [&](int i) {
             const int   r = i / s.q_stride, c = i % s.q_stride;
             const float x = r < n_rows && c < args.k.layout.d_head ? query_row(args, stream, row(r))[c] * scale : 0.0f;
             s.q[i]        = x;
-            s.q_exact[i]  = x;
+            if (s.q_exact) {
+                s.q_exact[i] = x;
+            }
         });
         for_each(decode_rows * s.out_stride, [&](int i) { s.out[i] = s.out_exact[i] = 0; });
         for_each(decode_rows, [&](int r) {
@@ -209,8 +222,8 @@ template <int bits_k, int bits_v> struct decoder {
             s.sum[r] = 0;
         });
         GEAR_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            out_a[i / 4][i % 4] = out_b[i / 4][i % 4] = 0;
+        for (int i = 0; i < 8 * n_block; ++i) {
+            out[i / 8][i / 4 % 2][i % 4] = 0;
         }
         __syncthreads();
         if (rotates(args.k)) {
@@ -227,10 +240,10 @@ template <int bits_k, int bits_v> struct decoder {
         int       found    = 0;
         for_each(T(), [&](int t) {
             const int64_t cell = (int64_t) cache_stream() * args.k.n_cell + tile * T() + t;
-            s.place_k[t]       = t < n_cell_k ? args.k.place[cell] : place_absent;
-            s.place_v[t]       = t < n_cell_k ? args.v.place[cell] : place_absent;
-            found |= (s.place_k[t] == place_packed) | (s.place_k[t] != place_packed) << 1;
-            found |= (s.place_v[t] == place_packed) << 2 | (s.place_v[t] != place_packed) << 3;
+            s.slot_k[t]        = t < n_cell_k ? args.k.slot[cell] : slot_absent;
+            s.slot_v[t]        = t < n_cell_k ? args.v.slot[cell] : slot_absent;
+            found |= (s.slot_k[t] == slot_packed) | (s.slot_k[t] != slot_packed) << 1;
+            found |= (s.slot_v[t] == slot_packed) << 2 | (s.slot_v[t] != slot_packed) << 3;
         });
         const bool      k_packed = __syncthreads_or(found & 1) != 0, k_exact = __syncthreads_or(found & 2) != 0;
         const bool      v_packed = __syncthreads_or(found & 4) != 0, v_exact = __syncthreads_or(found & 8) != 0;
@@ -302,7 +315,7 @@ template <int bits_k, int bits_v> struct decoder {
         __syncthreads();
         if (n_outlier > 0) {
             for_each(layout.part.n_vector * n_outlier, [&](int i) {
-                const int   c = i / n_outlier, t = tile[layout.part.outlier_index + i];
+                const int   c = i / n_outlier, t = outlier_index_at(layout, tile, i);
                 const float excess = outlier_excess(layout, tile, i, t, c);
                 for (int r = 0; r < n_rows; ++r) {
                     atomicAdd(&s.p[r * s.p_stride + t], s.q[r * s.q_stride + c] * excess);
@@ -314,7 +327,7 @@ template <int bits_k, int bits_v> struct decoder {
 
     // What an outlier's value adds to D + L at its place, where the code is 0.
     __device__ float outlier_excess(const tile_layout & layout, const uint8_t * tile, int i, int t, int c) const {
-        return from_half(half_at(tile + layout.part.outlier_value, i)) - range_at(layout, tile, group_index(layout, t, c)).zero -
+        return from_half(half_at(tile + layout.part.outlier_value, i)) - range_at(layout, tile, group_of(layout, t, c)).zero -
                low_rank_at(layout, tile, t, c);
     }
 
@@ -322,20 +335,21 @@ template <int bits_k, int bits_v> struct decoder {
     __device__ void score_exact() {
         const int d = args.k.layout.d_head;
         for_each_warp(T(), [&](int t, int lane) {
-            const int place = s.place_k[t];
-            if (place == place_packed) {
+            const int slot = s.slot_k[t];
+            if (slot == slot_packed) {
                 return;
             }
             float dot[decode_rows] = {};
-            if (place >= 0) {
-                const uint32_t * row = reinterpret_cast<const uint32_t *>(exact_row_at(args.k, cache_stream(), place, head));
+            if (slot >= 0) {
+                const uint32_t * row = reinterpret_cast<const uint32_t *>(exact_row_at(args.k, cache_stream(), slot, head));
                 for (int c = lane; c < d / 2; c += warp_threads) {
                     const uint32_t pair = row[c];
                     const float    low = from_half((uint16_t) pair), high = from_half((uint16_t) (pair >> 16));
                     GEAR_UNROLL
                     for (int r = 0; r < decode_rows; ++r) {
-                        const float * q = s.q_exact + r * s.q_stride + 2 * c;
-                        dot[r]          = fmaf(q[0], low, fmaf(q[1], high, dot[r]));
+                        const float * q =
+                            s.q_exact ? s.q_exact + r * s.q_stride + 2 * c : query_row(args, stream, this->row(least(r, n_rows - 1))) + 2 * c;
+                        dot[r] = fmaf(q[0], low, fmaf(q[1], high, dot[r]));
                     }
                 }
             }
@@ -356,7 +370,7 @@ template <int bits_k, int bits_v> struct decoder {
             dot[0] += __shfl_xor_sync(all_threads, dot[0], 2);
             dot[0] += __shfl_xor_sync(all_threads, dot[0], 1);
             if (lane % 4 == 0) {
-                s.p[first * s.p_stride + t] = dot[0];
+                s.p[first * s.p_stride + t] = s.q_exact ? dot[0] : dot[0] * score_scale();
             }
         });
     }
@@ -403,9 +417,8 @@ template <int bits_k, int bits_v> struct decoder {
         for (int i = 0; i < 4; ++i) {
             const float factor = s.factor[lane() % 4 * 2 + i % 2];
             GEAR_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                out_a[half][i] *= factor;
-                out_b[half][i] *= factor;
+            for (int j = 0; j < 2 * n_block; ++j) {
+                out[j / 2][j % 2][i] *= factor;
             }
         }
         for_each(decode_rows * s.out_stride, [&](int i) {
@@ -420,15 +433,28 @@ template <int bits_k, int bits_v> struct decoder {
 
     // out_exact += p.V over exact rows; then p of what is not packed becomes 0.
     __device__ void add_p_v_exact() {
-        const int d = args.v.layout.d_head, n_pair = d / 2, n_team = decode_threads / n_pair, team = (int) threadIdx.x / n_pair;
+        for (int first = 0; first < args.v.layout.d_head / 2; first += decode_threads) {
+            add_p_v_exact(first, least(decode_threads, args.v.layout.d_head / 2 - first));
+        }
+        __syncthreads();
+        for_each(decode_rows * T(), [&](int i) {
+            if (s.slot_v[i % T()] != slot_packed) {
+                s.p[i / T() * s.p_stride + i % T()] = 0;
+            }
+        });
+        __syncthreads();
+    }
+
+    // Of n_pair pairs of channels, at most one a thread.
+    __device__ void add_p_v_exact(int first, int n_pair) {
+        const int n_team = decode_threads / n_pair, team = (int) threadIdx.x / n_pair, c = first + (int) threadIdx.x % n_pair;
         float     sum[decode_rows][2] = {};
-        const int c                   = (int) threadIdx.x % n_pair;
         for (int t = team; team < n_team && t < T(); t += n_team) {
-            const int place = s.place_v[t];
-            if (place < 0) {
+            const int slot = s.slot_v[t];
+            if (slot < 0) {
                 continue;
             }
-            const uint32_t pair = reinterpret_cast<const uint32_t *>(exact_row_at(args.v, cache_stream(), place, head))[c];
+            const uint32_t pair = reinterpret_cast<const uint32_t *>(exact_row_at(args.v, cache_stream(), slot, head))[c];
             const float    low = from_half((uint16_t) pair), high = from_half((uint16_t) (pair >> 16));
             GEAR_UNROLL
             for (int r = 0; r < decode_rows; ++r) {
@@ -446,13 +472,6 @@ template <int bits_k, int bits_v> struct decoder {
                 }
             }
         }
-        __syncthreads();
-        for_each(decode_rows * T(), [&](int i) {
-            if (s.place_v[i % T()] != place_packed) {
-                s.p[i / T() * s.p_stride + i % T()] = 0;
-            }
-        });
-        __syncthreads();
     }
 
     // 32 channels of it
@@ -478,8 +497,10 @@ template <int bits_k, int bits_v> struct decoder {
     // out += p.V over the packed tile
     __device__ __forceinline__ void add_p_v_packed(const uint8_t * tile) {
         const tile_layout & layout = args.v.layout;
-        add_p_v_lanes(tile, warp(), out_a);
-        add_p_v_lanes(tile, warp() + n_warp(), out_b);
+        GEAR_UNROLL
+        for (int i = 0; i < n_block; ++i) {
+            add_p_v_lanes(tile, warp() + i * n_warp(), out[i]);
+        }
         const int rank = layout.config.rank, n_outlier = layout.part.n_outlier;
         if (rank > 0) {
             for_each_warp(decode_rows * rank, [&](int i, int lane) { // p.a
@@ -506,8 +527,8 @@ template <int bits_k, int bits_v> struct decoder {
         if (n_outlier > 0) {
             __syncthreads();
             for_each(layout.part.n_vector * n_outlier, [&](int i) {
-                const int t = i / n_outlier, c = tile[layout.part.outlier_index + i];
-                if (s.place_v[t] == place_packed) {
+                const int t = i / n_outlier, c = outlier_index_at(layout, tile, i);
+                if (s.slot_v[t] == slot_packed) {
                     const float excess = outlier_excess(layout, tile, i, t, c);
                     for (int r = 0; r < n_rows; ++r) {
                         atomicAdd(&s.out[r * s.out_stride + c], s.p[r * s.p_stride + t] * excess);
@@ -530,8 +551,10 @@ template <int bits_k, int bits_v> struct decoder {
     // The range's max, sum and output.
     __device__ void finish() {
         const int d = args.v.layout.d_head;
-        add_lanes(warp(), out_a);
-        add_lanes(warp() + n_warp(), out_b);
+        GEAR_UNROLL
+        for (int i = 0; i < n_block; ++i) {
+            add_lanes(warp() + i * n_warp(), out[i]);
+        }
         __syncthreads();
         if (rotates(args.v)) {
             hadamard_rows(s.out, decode_rows, d, s.out_stride);
@@ -554,9 +577,10 @@ template <int bits_k, int bits_v> struct decoder {
 };
 
 // Grid: ranges of tiles, KV heads x blocks of rows, streams.
-template <int bits_k, int bits_v> __global__ void __launch_bounds__(decode_threads) decode_kernel(const __grid_constant__ attend_arguments args) {
+template <int bits_k, int bits_v, int n_block>
+__global__ void __launch_bounds__(decode_threads) decode_kernel(const __grid_constant__ attend_arguments args) {
     const int n_all = args.params.n_query * args.n_share, head = (int) blockIdx.y % args.k.n_head, first = (int) blockIdx.y / args.k.n_head * decode_rows;
-    decoder<bits_k, bits_v> d = { args, {}, (int) blockIdx.z, head, first, least(decode_rows, n_all - first), (int) blockIdx.x, {}, {} };
+    decoder<bits_k, bits_v, n_block> d = { args, {}, (int) blockIdx.z, head, first, least(decode_rows, n_all - first), (int) blockIdx.x, {} };
     lay_out(args, shared_memory(), d.s);
     d.run();
 }

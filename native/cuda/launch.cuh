@@ -7,6 +7,7 @@
 #include "cuda/decode.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/prefill.cuh"
+#include "cuda/rows.cuh"
 
 namespace gear::cuda {
 
@@ -22,9 +23,9 @@ inline int start_write_rows(const write_arguments * args, stream s) {
     return args->n > 0 ? start(write_rows_kernel, dim3((unsigned) args->n, (unsigned) args->n_side), row_threads, 0, s, *args) : 0;
 }
 
-inline int start_set_places(const place_arguments * args, stream s) {
+inline int start_set_slots(const slot_arguments * args, stream s) {
     const unsigned n_block = ((unsigned) args->n + row_threads - 1) / row_threads;
-    return args->n > 0 ? start(set_places_kernel, dim3(n_block < most_blocks ? n_block : most_blocks), row_threads, 0, s, *args) : 0;
+    return args->n > 0 ? start(set_slots_kernel, dim3(n_block < most_blocks ? n_block : most_blocks), row_threads, 0, s, *args) : 0;
 }
 
 inline int start_pack(const pack_arguments * args, int n_block, stream s) {
@@ -60,13 +61,13 @@ inline int64_t plan_attend(attend_arguments * args, int n_processor) {
     return is_decode(*args) ? (int64_t) p.n_stream * p.n_head * p.n_query * args->n_split * args->out_stride * (int64_t) sizeof(float) : 0;
 }
 
-template <int bits_k, int bits_v> int start_decode(const attend_arguments & args, stream s) {
+template <int bits_k, int bits_v, int n_block> int start_decode(const attend_arguments & args, stream s) {
     decode_shared  sizes;
     const unsigned n_row_block = (unsigned) (args.params.n_query * args.n_share + decode_rows - 1) / decode_rows;
     lay_out(args, static_cast<unsigned char *>(nullptr), sizes);
-    const int error =
-        start(decode_kernel<bits_k, bits_v>, dim3((unsigned) args.n_split, (unsigned) args.k.n_head * n_row_block, (unsigned) args.params.n_stream),
-              decode_threads, (size_t) sizes.bytes, s, args);
+    const int error = start(decode_kernel<bits_k, bits_v, n_block>,
+                            dim3((unsigned) args.n_split, (unsigned) args.k.n_head * n_row_block, (unsigned) args.params.n_stream), decode_threads,
+                            (size_t) sizes.bytes, s, args);
     return error ? error
                  : start(merge_kernel, dim3((unsigned) args.params.n_query, (unsigned) args.params.n_head, (unsigned) args.params.n_stream), merge_threads,
                          0, s, args);
@@ -81,19 +82,26 @@ template <int max_d> int start_prefill(const attend_arguments & args, stream s) 
 }
 
 // The bits that have kernels of their own are the presets'; all others share one that looks.
+template <int n_block> int start_decode_of_bits(const attend_arguments & args, int k, int v, stream s) {
+    if (k == v && k >= 2 && k <= 4) {
+        return k == 4 ? start_decode<4, 4, n_block>(args, s) : k == 3 ? start_decode<3, 3, n_block>(args, s) : start_decode<2, 2, n_block>(args, s);
+    }
+    return start_decode<0, 0, n_block>(args, s);
+}
+
 inline int start_attend(const attend_arguments * args, stream s) {
     if (args->params.n_query == 0) {
         return 0;
     }
     if (!is_decode(*args)) {
         const int d = most(args->k.layout.d_head, args->v.layout.d_head);
-        return d <= 64 ? start_prefill<64>(*args, s) : d <= 128 ? start_prefill<128>(*args, s) : start_prefill<256>(*args, s);
+        return d <= 64    ? start_prefill<64>(*args, s)
+               : d <= 128 ? start_prefill<128>(*args, s)
+               : d <= 256 ? start_prefill<256>(*args, s)
+                          : start_prefill<max_d_head>(*args, s);
     }
     const int k = args->k.has_tiles ? args->k.layout.config.bits : 0, v = args->v.has_tiles ? args->v.layout.config.bits : 0;
-    if (k == v && k >= 2 && k <= 4) {
-        return k == 4 ? start_decode<4, 4>(*args, s) : k == 3 ? start_decode<3, 3>(*args, s) : start_decode<2, 2>(*args, s);
-    }
-    return start_decode<0, 0>(*args, s);
+    return args->v.layout.d_head <= large_head ? start_decode_of_bits<few_blocks>(*args, k, v, s) : start_decode_of_bits<many_blocks>(*args, k, v, s);
 }
 
 } // namespace gear::cuda

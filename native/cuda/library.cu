@@ -104,7 +104,7 @@ const api table = {
     [](void * device, int value, size_t bytes, stream s) { return (int) cudaMemsetAsync(device, value, bytes, native(s)); },
 
     start_write_rows,
-    start_set_places,
+    start_set_slots,
     pack_scratch_bytes,
     start_pack,
     start_unpack,

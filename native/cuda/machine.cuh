@@ -7,6 +7,8 @@
 
 #if !defined(GEAR_CUDA_ON_CPU)
 
+#    include "common/half.h"
+
 #    include <cstdint>
 #    include <cuda_bf16.h>
 #    include <cuda_fp16.h>
@@ -23,11 +25,11 @@ __device__ __forceinline__ unsigned char * shared_memory() {
 }
 
 __device__ __forceinline__ float from_half(uint16_t half) {
-    return __half2float(__ushort_as_half(half));
+    return half_to_float(half);
 }
 
 __device__ __forceinline__ uint16_t to_half(float value) {
-    return __half_as_ushort(__float2half_rn(value));
+    return float_to_half(value);
 }
 
 __device__ __forceinline__ uint16_t to_bf16(float value) {

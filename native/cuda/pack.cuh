@@ -1,239 +1,48 @@
-// pack.cuh - kernels that pack a tile, take rows out of it and put rows into the pool. One block of threads packs one tile of one head.
+// pack.cuh - the kernel that packs tiles. One block of threads packs one tile of one head.
 //
-// The steps, their order and their roundings are those of codec/codec.cpp and codec/stored.cpp, which say why; a tile comes out with the same bytes. With
-// L it agrees to the rounding of the power iteration's sums. What is large lies in the block's scratch, which the L2 holds: a tile is packed once in T
-// tokens.
+// The steps and their order are those of codec/codec.cpp, which says why, and the roundings are those of codec/ranges.h, which both call: a tile comes out
+// with the same bytes. With L it agrees to the rounding of the power iteration's sums. What is large lies in the block's scratch, which the L2 holds: a
+// tile is packed once in T tokens.
 #pragma once
 
-#include "cuda/arguments.h"
-#include "cuda/tile_device.cuh"
+#include "cuda/power_iteration.cuh"
 
 namespace gear::cuda {
 
-constexpr int   pack_threads  = 256;
-constexpr float largest_half  = 65504.0f;
-constexpr float infinite      = __builtin_huge_valf();
-constexpr int   max_sets      = max_d_head;
-constexpr float negligible    = 1e-30f; // squared length of a column that is nothing but rounding
-constexpr float negligible_of = 1e-10f; // the same against what it was
-
-// Numbers of one block, in the order in which they lie in its scratch.
-struct pack_scratch_device {
-    float * X;       // [T, d]  X - S; NaN where S or nothing stands
-    float * Y;       // [T, d]  X - S - L; R while L is computed
-    float * lowest;  // [n_group]
-    float * highest; // [n_group]
-    float * zero;    // [n_group]
-    float * scale;   // [n_group]
-    float * first;   // [n_group]
-    float * last;    // [n_group]
-};
-
-__host__ __device__ inline int64_t pack_scratch_floats(const tile_layout & layout) {
-    return (layout.config.rank > 0 ? 2 : 1) * (int64_t) layout.n_token * layout.d_head + 6 * (int64_t) layout.part.n_group;
-}
-
-// Shared memory: A [r][T] and B [r][d], sums of a block, ranges of the sets.
-struct pack_shared {
-    float * A;
-    float * B;
-    float * sum;    // [2 + warps]
-    float * lowest; // [n_set] of the set
-    float * highest;
-    float * mean;   // [d]
-    float * old_lo; // [n_set] of the tile as it was packed before
-    float * old_hi;
-};
-
-__host__ __device__ inline int64_t pack_shared_floats(const tile_layout & layout) {
-    return layout.config.rank * (layout.n_token + layout.d_head) + 64 + 4 * layout.part.n_set + layout.d_head;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------------------------------
-// Roundings of stored.cpp
+// Scale and zero of a group
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-__device__ inline uint16_t to_half_down(float value) {
-    uint16_t h = to_half(value);
-    if (from_half(h) > value) {
-        h = (uint16_t) (h & 0x8000 ? h + 1 : h == 0 ? 0x8001 : h - 1);
-    }
-    return h;
-}
-
-__device__ inline uint16_t to_half_up(float value) {
-    return to_half_down(-value) ^ 0x8000;
-}
-
-template <class Value> __device__ inline int least_reaching(float high, float estimate, int fewest, int most, Value value) {
-    int n = (int) fminf(fmaxf(estimate, (float) fewest), (float) most);
-    while (n > fewest && value(n - 1) >= high) {
-        --n;
-    }
-    while (n < most && value(n) < high) {
-        ++n;
-    }
-    return n;
-}
-
-template <class Value> __device__ inline int greatest_within(float low, float estimate, int most, Value value) {
-    int n = (int) fminf(fmaxf(estimate, 0.0f), (float) most);
-    while (n > 0 && value(n) > low) {
-        --n;
-    }
-    while (n < most && value(n + 1) <= low) {
-        ++n;
-    }
-    return n;
-}
-
-__device__ inline void store_range(const pack_scratch_device & w, int group, float scale, float zero, float low, float high, int levels) {
-    const auto value = [&](int code) { return zero + scale * (float) code; };
-    w.zero[group]    = zero;
-    w.scale[group]   = scale;
-    int first = 0, last = 0;
-    if (scale > 0) {
-        first = greatest_within(low, (low - zero) / scale, levels, value);
-        last  = least_reaching(high, (high - zero) / scale, first, levels, value);
-    }
-    w.first[group] = (float) first;
-    w.last[group]  = (float) last;
+__device__ inline void store_range(const pack_scratch_device & w, int group, group_range range, float low, float high, int levels) {
+    const end_codes ends = end_codes_of(range, low, high, levels);
+    w.zero[group]        = range.zero;
+    w.scale[group]       = range.scale;
+    w.first[group]       = (float) ends.first;
+    w.last[group]        = (float) ends.last;
 }
 
 __device__ inline void code_range_16(const pack_scratch_device & w, int group, int levels, uint8_t * scales, uint8_t * zeros) {
-    const float low = w.lowest[group], high = w.highest[group];
-    uint16_t    scale = 0, zero = 0;
-    if (low == high) {
-        zero = to_half(low);
-    } else if (low < high) {
-        zero               = to_half_down(low);
-        const float base   = from_half(zero);
-        const int   finest = most(1, to_half_up(fabsf(base) * 0x1p-20f));
-        const int   wanted = to_half_up((high - base) / (float) levels);
-        scale =
-            (uint16_t) least_reaching(high, (float) wanted, finest, 0x7bff, [&](int half) { return base + from_half((uint16_t) half) * (float) levels; });
-    }
-    reinterpret_cast<uint16_t *>(scales)[group] = scale;
-    reinterpret_cast<uint16_t *>(zeros)[group]  = zero;
-    store_range(w, group, from_half(scale), from_half(zero), low, high, levels);
+    const float        low = w.lowest[group], high = w.highest[group];
+    const stored_range stored                   = round_range_16(low, high, levels);
+    reinterpret_cast<uint16_t *>(scales)[group] = stored.scale;
+    reinterpret_cast<uint16_t *>(zeros)[group]  = stored.zero;
+    store_range(w, group, range_of_16(stored), low, high, levels);
 }
 
-struct set_range_device {
-    float lowest, highest, lo, hi;
-    int   fewest;
-
-    __device__ float zero(int z) const { return zero_of(lo, hi, z); }
-    __device__ float scale(int s, int levels) const { return scale_of(lo, hi, s, levels); }
-    __device__ float snapped(float value) const { return value == lowest ? lo : value == highest ? hi : value; }
-};
-
-__device__ inline set_range_device make_set_range(float lowest, float highest, int levels) {
-    if (!(lowest < highest)) {
-        const float only = lowest == highest ? from_half(to_half(lowest)) : 0;
-        return { lowest, highest, only, only, 1 };
-    }
-    const float      forgiven = highest - fmaxf(fabsf(lowest), fabsf(highest)) * 0x1p-20f;
-    const float      larger   = fmaxf(fabsf(from_half(to_half_down(lowest))), fabsf(from_half(to_half_up(forgiven))));
-    const float      spacing  = ldexpf(1.0f, most(ilogbf(larger) - 10, -24));
-    set_range_device set      = { lowest, highest, floorf(lowest / spacing) * spacing, ceilf(forgiven / spacing) * spacing, 1 };
-    if (set.lo < set.hi) {
-        set.fewest = most(1, (int) ceilf((float) (255 * levels) * spacing / (1024.0f * (set.hi - set.lo))));
-    }
-    return set;
-}
-
-__device__ inline void code_range_8(const set_range_device & set, const pack_scratch_device & w, int group, int levels, uint8_t * scales, uint8_t * zeros,
+__device__ inline void code_range_8(const set_range & set, const pack_scratch_device & w, int group, int levels, uint8_t * scales, uint8_t * zeros,
                                     bool is_held) {
-    const bool  is_empty = w.lowest[group] > w.highest[group];
-    const float low = is_empty ? set.lo : set.snapped(w.lowest[group]), high = is_empty ? set.lo : set.snapped(w.highest[group]);
-    int         s = 0, z = 0;
-    if (set.lo < set.hi) {
-        const float steps = 255.0f / (set.hi - set.lo);
-        if (is_held) {
-            const int fewest = low < high ? set.fewest : 0;
-            z                = (int) fminf(fmaxf(nearbyintf((low - set.lo) * steps), 0.0f), (float) (255 - fewest));
-            s                = (int) fminf(fmaxf(nearbyintf((high - low) * steps), (float) fewest), (float) (255 - z));
-        } else {
-            z = greatest_within(low, (low - set.lo) * steps, low < high ? 255 - set.fewest : 255, [&](int n) { return set.zero(n); });
-            if (low < high) {
-                const float base = set.zero(z);
-                s = least_reaching(high, (high - base) * steps, set.fewest, 255 - z, [&](int n) { return base + set.scale(n, levels) * (float) levels; });
-            }
-        }
-    }
-    scales[group] = (uint8_t) s;
-    zeros[group]  = (uint8_t) z;
-    store_range(w, group, set.scale(s, levels), set.zero(z), low, high, levels);
+    const value_ends   ends   = set.ends_of(w.lowest[group], w.highest[group]);
+    const stored_range stored = round_range_8(set, ends, levels, is_held);
+    scales[group]             = (uint8_t) stored.scale;
+    zeros[group]              = (uint8_t) stored.zero;
+    store_range(w, group, set.range_of(stored, levels), ends.low, ends.high, levels);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
-// The block
+// The tile
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-// f(i) for all i < n, shared out among the threads of the block.
-template <class F> __device__ inline void for_each(int n, F f) {
-    for (int i = (int) threadIdx.x; i < n; i += (int) blockDim.x) {
-        f(i);
-    }
-}
-
-// f(i, lane) for all i < n, each by a whole warp.
-template <class F> __device__ inline void for_each_warp(int n, F f) {
-    for (int i = (int) threadIdx.x / warp_threads; i < n; i += (int) blockDim.x / warp_threads) {
-        f(i, (int) threadIdx.x % warp_threads);
-    }
-}
-
-__device__ inline float in_half_range(float value) {
-    const float above = value < -largest_half ? -largest_half : value;
-    return above > largest_half ? largest_half : above; // NaN stays
-}
-
-__device__ inline float sanitized(float x) {
-    return in_half_range((x == x ? x : 0.0f) + 0.0f);
-}
-
-__device__ inline bool is_absent(float x) {
-    return x != x;
-}
-
-__device__ inline void lay_out(const tile_layout & layout, float * scratch, pack_scratch_device & w) {
-    const int64_t n = (int64_t) layout.n_token * layout.d_head, n_group = layout.part.n_group;
-    w.X       = scratch;
-    w.Y       = layout.config.rank > 0 ? w.X + n : w.X;
-    w.lowest  = w.Y + n;
-    w.highest = w.lowest + n_group;
-    w.zero    = w.highest + n_group;
-    w.scale   = w.zero + n_group;
-    w.first   = w.scale + n_group;
-    w.last    = w.first + n_group;
-}
-
-__device__ inline void lay_out(const tile_layout & layout, pack_shared & s) {
-    s.A       = reinterpret_cast<float *>(shared_memory());
-    s.B       = s.A + layout.config.rank * layout.n_token;
-    s.sum     = s.B + layout.config.rank * layout.d_head;
-    s.lowest  = s.sum + 64;
-    s.highest = s.lowest + layout.part.n_set;
-    s.old_lo  = s.highest + layout.part.n_set;
-    s.old_hi  = s.old_lo + layout.part.n_set;
-    s.mean    = s.old_hi + layout.part.n_set;
-}
-
-// One packer is one block at work on one tile of one head.
-struct packer {
-    const tile_layout & layout;
-    const uint16_t *    pool;   // row 0 of the stream, this head's part
-    int                 stride; // elements from row to row
-    const int32_t *     source; // [T]
-    uint8_t *           tile;
-    uint32_t            seed;
-    pack_scratch_device w;
-    pack_shared         s;
-
-    __device__ int T() const { return layout.n_token; }
-    __device__ int d() const { return layout.d_head; }
-
+struct packer : low_rank_block {
     __device__ void pack() {
         const bool has_kept = load();
         const bool is_held  = has_kept && layout.config.rank == 0;
@@ -266,14 +75,14 @@ struct packer {
     // X, sanitized and rotated. true: some rows stay as the tile has them.
     __device__ bool load() {
         int has_kept = 0;
-        for_each(T(), [&](int t) { has_kept |= source[t] == place_packed; });
+        for_each(T(), [&](int t) { has_kept |= source[t] == slot_packed; });
         has_kept = __syncthreads_or(has_kept);
         for_each(T() * d(), [&](int i) {
             const int t = i / d(), c = i % d(), from = source[t];
             float     x = 0;
             if (from >= 0) {
                 x = sanitized(from_half(pool[(int64_t) from * stride + c]));
-            } else if (has_kept && from == place_packed) {
+            } else if (has_kept && from == slot_packed) {
                 x = quantized_at(layout, tile, t, c);
                 x += low_rank_at(layout, tile, t, c);
             }
@@ -282,15 +91,15 @@ struct packer {
         __syncthreads();
         if (has_kept) {
             for_each(layout.part.n_vector * layout.part.n_outlier, [&](int i) {
-                const int vector = i / layout.part.n_outlier, index = tile[layout.part.outlier_index + i];
+                const int vector = i / layout.part.n_outlier, index = outlier_index_at(layout, tile, i);
                 const int t = layout.side == GEAR_SIDE_K ? index : vector, c = layout.side == GEAR_SIDE_K ? vector : index;
-                if (source[t] == place_packed) {
+                if (source[t] == slot_packed) {
                     w.X[t * d() + c] = from_half(half_at(tile + layout.part.outlier_value, i));
                 }
             });
             __syncthreads();
             for_each(T() * d(), [&](int i) {
-                if (source[i / d()] == place_packed) {
+                if (source[i / d()] == slot_packed) {
                     w.X[i] = sanitized(w.X[i]);
                 }
             });
@@ -300,7 +109,7 @@ struct packer {
             rotate();
         }
         for_each(T() * d(), [&](int i) {
-            if (source[i / d()] == place_absent) {
+            if (source[i / d()] == slot_absent) {
                 w.X[i] = nanf("");
             }
         });
@@ -310,12 +119,19 @@ struct packer {
 
     // Rows from the pool only: what is kept is rotated already.
     __device__ void rotate() {
-        const int   block = d() & -d();
+        for (int first = 0, run; first < d(); first += run) {
+            run = rotation_run(d(), first);
+            rotate_run(first, run);
+        }
+    }
+
+    __device__ void rotate_run(int first, int n) {
+        const int   block = n & -n;
         const float norm  = 1.0f / sqrtf((float) block);
         for (int half = 1; half < block; half *= 2) {
-            for_each(T() * d() / 2, [&](int i) {
-                const int t = i / (d() / 2), pair = i % (d() / 2);
-                float *   x = w.X + t * d() + pair / half * 2 * half + pair % half;
+            for_each(T() * n / 2, [&](int i) {
+                const int t = i / (n / 2), pair = i % (n / 2);
+                float *   x = w.X + t * d() + first + pair / half * 2 * half + pair % half;
                 if (source[t] >= 0) {
                     const float sum = x[0] + x[half], difference = x[0] - x[half];
                     x[0]    = sum;
@@ -324,9 +140,10 @@ struct packer {
             });
             __syncthreads();
         }
-        for_each(T() * d(), [&](int i) {
-            if (source[i / d()] >= 0) {
-                w.X[i] = sanitized(w.X[i] * norm);
+        for_each(T() * n, [&](int i) {
+            float & x = w.X[i / n * d() + first + i % n];
+            if (source[i / n] >= 0) {
+                x = sanitized(x * norm);
             }
         });
         __syncthreads();
@@ -341,7 +158,7 @@ struct packer {
         float sum = 0;
         int   n   = 0;
         for (int t = 0; t < T(); ++t) {
-            if (source[t] != place_absent) {
+            if (source[t] != slot_absent) {
                 sum += x(t);
                 ++n;
             }
@@ -360,7 +177,7 @@ struct packer {
         for_each(d(), [&](int c) {
             store_mean(c, has_kept ? s.mean[c] : mean_of_rows([&](int t) { return w.X[t * d() + c]; }));
             for (int t = 0; t < T(); ++t) {
-                if (source[t] != place_packed) {
+                if (source[t] != slot_packed) {
                     w.X[t * d() + c] = in_half_range(w.X[t * d() + c] - s.mean[c]);
                 }
             }
@@ -387,11 +204,11 @@ struct packer {
             const int first = is_k ? group / d() * layout.group : group % T(), n = is_k ? layout.group : 1;
             bool      holds = false;
             for (int t = first; t < first + n; ++t) {
-                holds |= source[t] == place_packed;
+                holds |= source[t] == slot_packed;
             }
-            const range_device range = range_at(layout, tile, group);
-            w.zero[group]            = holds ? range.zero : infinite;
-            w.scale[group]           = holds ? range.zero + range.scale * (float) layout.levels : -infinite;
+            const group_range range = range_at(layout, tile, group);
+            w.zero[group]           = holds ? range.zero : infinite;
+            w.scale[group]          = holds ? range.zero + range.scale * (float) layout.levels : -infinite;
         });
         __syncthreads();
     }
@@ -411,10 +228,10 @@ struct packer {
             }
             unwritten        = is_k && unwritten < length ? unwritten : 0; // V: a token is written whole or not at all
             const int  n_low = least(part.n_outlier / 2, (n_present + 1) / 2), n_high = least(part.n_outlier / 2, n_present / 2);
-            uint8_t *  index = tile + part.outlier_index + vector * part.n_outlier;
+            const int  first = vector * part.n_outlier;
             uint16_t * value = reinterpret_cast<uint16_t *>(tile + part.outlier_value) + vector * part.n_outlier;
             for (int slot = n_low + n_high + lane; slot < part.n_outlier; slot += warp_threads) {
-                index[slot] = (uint8_t) unwritten;
+                store_outlier_index(layout, first + slot, unwritten, tile);
                 value[slot] = 0;
             }
             for (int i = lane; i < length; i += warp_threads) {
@@ -429,13 +246,13 @@ struct packer {
                 }
                 const int slot = rank < n_low ? rank : n_present - 1 - rank < n_high ? n_low + n_present - 1 - rank : -1;
                 if (slot >= 0) {
-                    index[slot] = (uint8_t) i;
+                    store_outlier_index(layout, first + slot, i, tile);
                     value[slot] = to_half(x);
                 }
             }
             __syncwarp(); // every rank was taken among all
             for (int slot = lane; slot < n_low + n_high; slot += warp_threads) {
-                entry[index[slot] * step] = nanf("");
+                entry[outlier_index_at(layout, tile, first + slot) * step] = nanf("");
             }
         });
         __syncthreads();
@@ -461,10 +278,8 @@ struct packer {
                     high          = y > high ? y : high;
                 }
             }
-            if (layout.config.clip < 1 && low < high) {
-                const float middle = 0.5f * (low + high), half = 0.5f * (high - low);
-                low  = middle - half * layout.config.clip;
-                high = middle + half * layout.config.clip;
+            if (layout.config.clip < 1) {
+                clip_range(layout.config.clip, low, high);
             }
             w.lowest[group]  = is_held ? fminf(low, w.zero[group]) : low;
             w.highest[group] = is_held ? fmaxf(high, w.scale[group]) : high;
@@ -478,22 +293,15 @@ struct packer {
 
     // Whether kept rows keep their range and what new ones have beyond it is cut off, or the range widens. The old one waits in zero and scale.
     __device__ bool is_cut(const float * Y, int group) const {
-        const int   first = group / d() * layout.group, c = group % d();
-        const float old_low = w.zero[group], old_high = w.scale[group], low = w.lowest[group], high = w.highest[group];
-        const float old_step = (old_high - old_low) / (float) layout.levels, step = (high - low) / (float) layout.levels;
-        const float old_rounding = old_step * old_step / 12.0f, rounding = step * step / 12.0f;
-        float       cut = 0, widened = 0;
+        const int    first = group / d() * layout.group, c = group % d();
+        range_choice choice = make_range_choice(w.zero[group], w.scale[group], w.lowest[group], w.highest[group], layout.levels);
         for (int t = first; t < first + layout.group; ++t) {
             const float y = Y[t * d() + c];
-            if (is_absent(y)) {
-                continue;
+            if (!is_absent(y)) {
+                choice.add(y, source[t] == slot_packed);
             }
-            const float beyond_old = y < old_low ? old_low - y : y > old_high ? y - old_high : 0.0f;
-            const float beyond     = y < low ? low - y : y > high ? y - high : 0.0f;
-            cut += beyond_old * beyond_old + (source[t] == place_packed ? 0.0f : old_rounding);
-            widened += beyond * beyond + rounding;
         }
-        return cut <= widened;
+        return choice.is_cut();
     }
 
     __device__ void code_ranges(bool is_held) {
@@ -515,7 +323,7 @@ struct packer {
             low  = warp_min(low);
             high = warp_max(high);
             if (lane == 0) {
-                const set_range_device range                      = make_set_range(low, high, layout.levels);
+                const set_range range                             = make_set_range(low, high, layout.levels);
                 s.lowest[set]                                     = low;
                 s.highest[set]                                    = high;
                 reinterpret_cast<uint16_t *>(tile + part.lo)[set] = to_half(range.lo);
@@ -541,8 +349,7 @@ struct packer {
         if (y >= w.highest[group]) {
             return (int) w.last[group];
         }
-        const float inverse = w.scale[group] > 0 ? 1.0f / w.scale[group] : 0.0f;
-        return (int) fmaxf(fminf(nearbyintf((y - w.zero[group]) * inverse), (float) layout.levels), 0.0f);
+        return nearest_code(y, w.zero[group], inverse_of(w.scale[group]), layout.levels);
     }
 
     // A thread writes a word: 4 depths of 2 * per_line lanes and quads.
@@ -554,20 +361,20 @@ struct packer {
             const int          n_line = layout.part.n_depth / 4 / plane.per_line; // of a lane block
             const uint32_t     field  = (1u << plane.width) - 1;
             uint32_t *         words  = reinterpret_cast<uint32_t *>(tile + plane.offset);
-            for_each(layout.part.n_lane / 32 * n_line * 16, [&](int place) {
-                const int lane0 = place / 16 / n_line * 32 + place % 16, quad0 = place / 16 % n_line * plane.per_line;
+            for_each(layout.part.n_lane / 32 * n_line * 16, [&](int i_word) {
+                const int lane0 = i_word / 16 / n_line * 32 + i_word % 16, quad0 = i_word / 16 % n_line * plane.per_line;
                 uint32_t  word = 0;
                 for (int sub = 0; sub < plane.per_line; ++sub) {
                     for (int half = 0; half < 2; ++half) {
                         const int lane = lane0 + 16 * half, shift = plane.width * (2 * sub + half);
                         for (int j = 0; j < 4 && lane < n_lane; ++j) {
                             const int depth = 4 * (quad0 + sub) + j, t = is_k ? lane : depth, c = is_k ? depth : lane;
-                            const int code = code_for(group_index(layout, t, c), Y[t * d() + c]);
+                            const int code = code_for(group_of(layout, t, c), Y[t * d() + c]);
                             word |= ((uint32_t) code >> plane.position & field) << (8 * j + shift);
                         }
                     }
                 }
-                words[place] = word;
+                words[i_word] = word;
             });
         }
         __syncthreads();
@@ -577,137 +384,11 @@ struct packer {
     // L
     // -----------------------------------------------------------------------------------------------------------------------------------------
 
-    // The codec sums in f64; a tree of f32 sums is as good for a comparison.
-    __device__ float block_sum(float x) {
-        x              = warp_sum(x);
-        const int warp = (int) threadIdx.x / warp_threads, lane = (int) threadIdx.x % warp_threads;
-        float *   of_warp = s.sum + 2;
-        __syncthreads();
-        if (lane == 0) {
-            of_warp[warp] = x;
-        }
-        __syncthreads();
-        float sum = 0;
-        for (int i = 0; i < (int) blockDim.x / warp_threads; ++i) {
-            sum += of_warp[i];
-        }
-        return sum;
-    }
-
     __device__ float difference(const float * Y, int i) const {
-        const int   t = i / d(), c = i % d(), group = group_index(layout, t, c);
+        const int   t = i / d(), c = i % d(), group = group_of(layout, t, c);
         const float D = w.zero[group] + w.scale[group] * (float) code_at(layout, tile, t, c);
         const float x = Y[i] - D;
         return x == x ? x : 0.0f;
-    }
-
-    __device__ void random_start() {
-        for_each(layout.config.rank * d(), [&](int i) {
-            uint64_t bits = (uint64_t) seed + (uint64_t) (i + 1) * 0x9e3779b97f4a7c15u;
-            bits          = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
-            bits          = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
-            bits ^= bits >> 31;
-            s.B[i] =
-                (float) ((int) (bits & 0xffff) + (int) (bits >> 16 & 0xffff) + (int) (bits >> 32 & 0xffff) + (int) (bits >> 48) - 2 * 0xffff) / 65536.0f;
-        });
-        __syncthreads();
-    }
-
-    // By the first warp: columns are short.
-    __device__ void orthonormalize(int n, float * M) {
-        const int  lane = (int) threadIdx.x % warp_threads;
-        const auto dot  = [&](const float * a, const float * b) {
-            float sum = 0;
-            for (int i = lane; i < n; i += warp_threads) {
-                sum += a[i] * b[i];
-            }
-            return warp_sum(sum);
-        };
-        for (int k = 0; k < layout.config.rank && threadIdx.x < (unsigned) warp_threads; ++k) {
-            float *     column = M + k * n;
-            const float before = dot(column, column);
-            for (int pass = 0; pass < 2; ++pass) {
-                for (int j = 0; j < k; ++j) {
-                    const float share = dot(column, M + j * n);
-                    for (int i = lane; i < n; i += warp_threads) {
-                        column[i] -= share * M[j * n + i];
-                    }
-                    __syncwarp();
-                }
-            }
-            const float after  = dot(column, column);
-            const float factor = after > negligible_of * before && after > negligible ? 1.0f / sqrtf(after) : 0.0f;
-            for (int i = lane; i < n; i += warp_threads) {
-                column[i] *= factor;
-            }
-            __syncwarp();
-        }
-        __syncthreads();
-    }
-
-    __device__ void power_iteration(const float * R) {
-        const int r = layout.config.rank;
-        random_start();
-        for (int pass = 0; pass < 3; ++pass) {
-            orthonormalize(d(), s.B);
-            for_each_warp(T() * r, [&](int i, int lane) { // A = R B
-                const int k = i / T(), t = i % T();
-                float     sum = 0;
-                for (int c = lane; c < d(); c += warp_threads) {
-                    sum += R[t * d() + c] * s.B[k * d() + c];
-                }
-                sum = warp_sum(sum);
-                if (lane == 0) {
-                    s.A[i] = sum;
-                }
-            });
-            __syncthreads();
-            orthonormalize(T(), s.A);
-            for_each(r * d(), [&](int i) { // B = R^T A
-                const int k = i / d(), c = i % d();
-                float     sum = 0;
-                for (int t = 0; t < T(); ++t) {
-                    sum += s.A[k * T() + t] * R[t * d() + c];
-                }
-                s.B[i] = sum;
-            });
-            __syncthreads();
-        }
-    }
-
-    __device__ void store_column(int n, const float * column, float largest, uint8_t * stored) const {
-        const int   lane    = (int) threadIdx.x % warp_threads;
-        const float limit   = layout.config.factor_bits == 8 ? 127.0f : 7.0f;
-        const auto  rounded = [&](int i) { return largest > 0 ? (int) nearbyintf(column[i] / largest * limit) : 0; };
-        for (int i = lane; layout.config.factor_bits == 8 && i < n; i += warp_threads) {
-            stored[i] = (uint8_t) (int8_t) rounded(i);
-        }
-        for (int i = lane; layout.config.factor_bits == 4 && i < n / 2; i += warp_threads) {
-            stored[i] = (uint8_t) ((rounded(i) + 8) | (rounded(i + n / 2) + 8) << 4);
-        }
-    }
-
-    // A and B into the tile.
-    __device__ void store_factors() {
-        const float limit = layout.config.factor_bits == 8 ? 127.0f : 7.0f;
-        for_each_warp(layout.config.rank, [&](int k, int lane) {
-            const float *a = s.A + k * T(), *b = s.B + k * d();
-            float        largest_a = 0, largest_b = 0;
-            for (int t = lane; t < T(); t += warp_threads) {
-                largest_a = fmaxf(largest_a, fabsf(a[t]));
-            }
-            for (int c = lane; c < d(); c += warp_threads) {
-                largest_b = fmaxf(largest_b, fabsf(b[c]));
-            }
-            largest_a = warp_max(largest_a);
-            largest_b = warp_max(largest_b);
-            if (lane == 0) {
-                reinterpret_cast<float *>(tile + layout.part.sigma)[k] = largest_a / limit * (largest_b / limit);
-            }
-            store_column(T(), a, largest_a, tile + layout.part.a + k * T() * layout.config.factor_bits / 8);
-            store_column(d(), b, largest_b, tile + layout.part.b + k * d() * layout.config.factor_bits / 8);
-        });
-        __syncthreads();
     }
 
     __device__ void add_low_rank() {
@@ -751,79 +432,19 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const __grid_constan
     for (int64_t job = blockIdx.x; job < (int64_t) args.n_job * args.side.n_head; job += gridDim.x) {
         const int      head = (int) (job % args.side.n_head), index = (int) (job / args.side.n_head);
         const pack_job which = args.jobs[index];
-        packer         p = { layout,
-                             args.side.pool + (int64_t) which.stream * args.side.n_row * stride + (int64_t) head * layout.d_head,
-                             (int) stride,
-                             args.source + (int64_t) index * layout.n_token,
-                             args.side.tiles + (((int64_t) which.stream * args.side.n_tile + which.tile) * args.side.n_head + head) * layout.part.bytes,
-                             args.seed,
-                             {},
-                             {} };
+        packer p = { { { layout,
+                         args.side.pool + (int64_t) which.stream * args.side.n_row * stride + (int64_t) head * layout.d_head,
+                         (int) stride,
+                         args.source + (int64_t) index * layout.n_token,
+                         args.side.tiles + (((int64_t) which.stream * args.side.n_tile + which.tile) * args.side.n_head + head) * layout.part.bytes,
+                         args.seed,
+                         {},
+                         {} } } };
         lay_out(layout, reinterpret_cast<float *>(args.scratch) + blockIdx.x * pack_scratch_floats(layout), p.w);
         lay_out(layout, p.s);
         p.pack();
         __syncthreads();
     }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-// Rows
-// ---------------------------------------------------------------------------------------------------------------------------------------------
-
-constexpr int row_threads    = 256;
-constexpr int unpack_threads = 64;
-
-__global__ void __launch_bounds__(row_threads) write_rows_kernel(const __grid_constant__ write_arguments args) {
-    const int          row  = (int) blockIdx.x;
-    const write_side & side = args.side[blockIdx.y];
-    const int          slot = args.slot[blockIdx.y][row];
-    if (slot < 0) {
-        return;
-    }
-    const char * from = static_cast<const char *>(side.rows) + row * side.stride;
-    uint16_t *   to   = side.pool + (int64_t) slot * side.n_embd;
-    for_each(side.n_embd,
-             [&](int i) { to[i] = side.is_half ? reinterpret_cast<const uint16_t *>(from)[i] : to_half(reinterpret_cast<const float *>(from)[i]); });
-}
-
-__global__ void __launch_bounds__(row_threads) set_places_kernel(const __grid_constant__ place_arguments args) {
-    for (int i = (int) (blockIdx.x * blockDim.x + threadIdx.x); i < args.n; i += (int) (gridDim.x * blockDim.x)) {
-        args.place[args.index[i]] = args.value[i];
-    }
-}
-
-// What a packed tile says of one number, in the basis that was coded.
-__device__ inline float reconstructed_at(const tile_layout & layout, const uint8_t * tile, int t, int c) {
-    const gear_tile_layout & part   = layout.part;
-    const int                vector = layout.side == GEAR_SIDE_K ? c : t, entry = layout.side == GEAR_SIDE_K ? t : c;
-    float                    value = quantized_at(layout, tile, t, c) + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c);
-    for (int i = 0; i < part.n_outlier; ++i) {
-        const int place = vector * part.n_outlier + i;
-        value           = tile[part.outlier_index + place] == entry ? from_half(half_at(tile + part.outlier_value, place)) : value;
-    }
-    return value;
-}
-
-// One cell of one head a block: rows as f16, cells never written as zeros.
-__global__ void __launch_bounds__(unpack_threads) unpack_kernel(const __grid_constant__ unpack_arguments args) {
-    const device_side & side   = args.side;
-    const tile_layout & layout = side.layout;
-    const int           head = (int) blockIdx.y, cell = args.first + (int) blockIdx.x, d = layout.d_head;
-    const int           place = side.place[(int64_t) args.stream * side.n_cell + cell];
-    uint16_t *          to    = args.rows + ((int64_t) blockIdx.x * side.n_head + head) * d;
-    if (place != place_packed) {
-        const uint16_t * from = side.pool + (((int64_t) args.stream * side.n_row + place) * side.n_head + head) * d;
-        for_each(d, [&](int c) { to[c] = place >= 0 ? from[c] : (uint16_t) 0; });
-        return;
-    }
-    const uint8_t * tile = side.tiles + (((int64_t) args.stream * side.n_tile + cell / layout.n_token) * side.n_head + head) * layout.part.bytes;
-    float *         row  = reinterpret_cast<float *>(shared_memory());
-    for_each(d, [&](int c) { row[c] = reconstructed_at(layout, tile, cell % layout.n_token, c); });
-    __syncthreads();
-    if (layout.config.rotate) {
-        hadamard_rows(row, 1, d, d);
-    }
-    for_each(d, [&](int c) { to[c] = to_half(in_half_range(row[c])); });
 }
 
 } // namespace gear::cuda

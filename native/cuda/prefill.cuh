@@ -6,21 +6,25 @@
 namespace gear::cuda {
 
 // max_d: the largest head size of an instance; sizes in between use the next one.
+// Large heads: two warps share 16 rows, because one's registers do not hold the output's channels; each takes half of them, and both compute the scores.
+// And V comes into K's place when the scores are there.
 template <int max_d> struct prefill_sizes {
-    static constexpr int n_warp  = max_d > 128 ? 4 : 8;
-    static constexpr int threads = n_warp * warp_threads;
-    static constexpr int rows    = 16 * n_warp;
-    static constexpr int strip   = max_d > 128 ? 32 : 64; // cells
-    static constexpr int pad     = 8;                     // halves between rows, so that 8 rows of 4 words touch 32 banks
+    static constexpr bool is_large = max_d > large_head;
+    static constexpr int  n_warp   = max_d > 128 ? 4 : 8;
+    static constexpr int  n_part   = is_large ? 2 : 1; // of the channels
+    static constexpr int  threads  = n_warp * warp_threads;
+    static constexpr int  rows     = 16 * n_warp / n_part;
+    static constexpr int  strip    = max_d > 128 ? 32 : 64; // cells
+    static constexpr int  pad      = 8;                     // halves between rows, so that 8 rows of 4 words touch 32 banks
 };
 
-// Shared memory: q [rows, d_k + pad], K of the strip [strip, d_k + pad], V of the strip turned round [d_v, strip + pad], all f16; places of its cells.
+// Shared memory: q [rows, d_k + pad], K of the strip [strip, d_k + pad], V of the strip turned round [d_v, strip + pad], all f16; slots of its cells.
 template <int max_d> struct prefill_shared {
     uint16_t * q;
     uint16_t * k;
     uint16_t * v;
-    int32_t *  place_k;
-    int32_t *  place_v;
+    int32_t *  slot_k;
+    int32_t *  slot_v;
     int        k_stride, v_stride, bytes;
 };
 
@@ -35,22 +39,23 @@ template <int max_d> __host__ __device__ inline void lay_out(const attend_argume
         used += padded_to(2 * n, 16);
         return part;
     };
-    s.q       = halves(sizes::rows * s.k_stride);
-    s.k       = halves(sizes::strip * s.k_stride);
-    s.v       = halves(d_v * s.v_stride);
-    s.place_k = reinterpret_cast<int32_t *>(halves(2 * sizes::strip));
-    s.place_v = reinterpret_cast<int32_t *>(halves(2 * sizes::strip));
-    s.bytes   = used;
+    s.q      = halves(sizes::rows * s.k_stride);
+    s.k      = halves(sizes::is_large ? most(sizes::strip * s.k_stride, d_v * s.v_stride) : sizes::strip * s.k_stride);
+    s.v      = sizes::is_large ? s.k : halves(d_v * s.v_stride);
+    s.slot_k = reinterpret_cast<int32_t *>(halves(2 * sizes::strip));
+    s.slot_v = reinterpret_cast<int32_t *>(halves(2 * sizes::strip));
+    s.bytes  = used;
 }
 
-// The Hadamard transform of a row of a warp: channel c is x[c / 32] of lane c % 32. The codec's steps in the codec's order.
+// H of a row of a warp: channel c is x[c / 32] of lane c % 32. The codec's steps in the codec's order. A block begins at a multiple of its size, so that
+// x[i] of all lanes is of one block, or (blocks of 16) of two that no step of theirs joins.
 template <int n> __device__ __forceinline__ void hadamard_warp(float (&x)[n], int d, int lane) {
-    const int block = d & -d;
+    const auto block_of = [d](int i) { return 32 * n <= large_head ? d & -d : rotation_block(d, 32 * i); };
     GEAR_UNROLL
     for (int half = 1; half < 32; half *= 2) {
-        if (half < block) {
-            GEAR_UNROLL
-            for (int i = 0; i < n; ++i) {
+        GEAR_UNROLL
+        for (int i = 0; i < n; ++i) {
+            if (32 * i < d && half < block_of(i)) {
                 const float other = __shfl_xor_sync(all_threads, x[i], half);
                 x[i]              = lane & half ? other - x[i] : x[i] + other;
             }
@@ -58,28 +63,27 @@ template <int n> __device__ __forceinline__ void hadamard_warp(float (&x)[n], in
     }
     GEAR_UNROLL
     for (int half = 1; half < n; half *= 2) {
-        if (32 * half < block) {
-            GEAR_UNROLL
-            for (int i = 0; i < n; ++i) {
-                if ((i & half) == 0 && i + half < n) {
-                    const float sum = x[i] + x[i + half], difference = x[i] - x[i + half];
-                    x[i]        = sum;
-                    x[i + half] = difference;
-                }
+        GEAR_UNROLL
+        for (int i = 0; i < n; ++i) {
+            if ((i & half) == 0 && i + half < n && 32 * i < d && 32 * half < block_of(i)) {
+                const float sum = x[i] + x[i + half], difference = x[i] - x[i + half];
+                x[i]        = sum;
+                x[i + half] = difference;
             }
         }
     }
-    const float norm = 1.0f / sqrtf((float) block);
     GEAR_UNROLL
     for (int i = 0; i < n; ++i) {
-        x[i] *= norm;
+        if (32 * i < d) {
+            x[i] *= 1.0f / sqrtf((float) block_of(i));
+        }
     }
 }
 
 template <int max_d> struct prefiller {
     using sizes                    = prefill_sizes<max_d>;
-    static constexpr int n_channel = max_d / 32; // of a row, a lane
-    static constexpr int n_out     = max_d / 8;  // products of 8 channels
+    static constexpr int n_channel = max_d / 32;                // of a row, a lane
+    static constexpr int n_out     = max_d / 8 / sizes::n_part; // products of 8 channels, of a warp
 
     const attend_arguments & args;
     prefill_shared<max_d>    s;
@@ -90,6 +94,8 @@ template <int max_d> struct prefiller {
     __device__ int        cache_stream() const { return args.params.stream0 + stream; }
     __device__ static int warp() { return (int) threadIdx.x / warp_threads; }
     __device__ static int lane() { return (int) threadIdx.x % warp_threads; }
+    __device__ static int first_row_of_warp() { return 16 * (warp() / sizes::n_part); }
+    __device__ static int first_channel() { return 8 * n_out * (warp() % sizes::n_part); } // of the warp's part of the output
     __device__ static int g() { return lane() / 4; }
     __device__ static int tig() { return lane() % 4; }
 
@@ -109,7 +115,6 @@ template <int max_d> struct prefiller {
         for (int first = 0; first < args.params.n_kv; first += sizes::strip) {
             const int n_cell = least(sizes::strip, args.params.n_kv - first);
             if (is_visible(args, stream, head, first_row, n_rows, first, n_cell)) {
-                load_strip(first);
                 attend_strip(first, n_cell);
                 __syncthreads();
             }
@@ -149,16 +154,23 @@ template <int max_d> struct prefiller {
     __device__ uint16_t & k_at(int cell, int c) { return s.k[cell * s.k_stride + c]; }
     __device__ uint16_t & v_at(int cell, int c) { return s.v[c * s.v_stride + cell]; }
 
-    __device__ void load_strip(int first) {
+    // Where the strip's cells are: bit 0: some K is packed, bit 1: some V.
+    __device__ int look_up(int first) {
         int found = 0;
         for_each(sizes::strip, [&](int i) {
             const int64_t cell = (int64_t) cache_stream() * args.k.n_cell + first + i;
             const bool    has  = first + i < args.k.n_cell;
-            s.place_k[i]       = has ? args.k.place[cell] : place_absent;
-            s.place_v[i]       = has ? args.v.place[cell] : place_absent;
-            found |= (s.place_k[i] == place_packed) | (s.place_v[i] == place_packed) << 1;
+            s.slot_k[i]        = has ? args.k.slot[cell] : slot_absent;
+            s.slot_v[i]        = has ? args.v.slot[cell] : slot_absent;
+            found |= (s.slot_k[i] == slot_packed) | (s.slot_v[i] == slot_packed) << 1;
         });
         const bool k_packed = __syncthreads_or(found & 1) != 0, v_packed = __syncthreads_or(found & 2) != 0;
+        return (int) k_packed | (int) v_packed << 1;
+    }
+
+    // K, V or both, and whether some of it is packed.
+    __device__ void load_strip(int first, bool with_k, bool with_v, int packed) {
+        const bool k_packed = with_k && (packed & 1), v_packed = with_v && (packed & 2);
         const int  T = args.k.layout.n_token, tile = first / T, token = first % T;
         if (k_packed) {
             unpack_k(tile_at(args.k, cache_stream(), tile, head), token);
@@ -174,8 +186,12 @@ template <int max_d> struct prefiller {
             restore_outliers(args.v.layout, tile_at(args.v, cache_stream(), tile, head), token);
         }
         __syncthreads();
-        load_exact(args.k, s.place_k);
-        load_exact(args.v, s.place_v);
+        if (with_k) {
+            load_exact(args.k, s.slot_k);
+        }
+        if (with_v) {
+            load_exact(args.v, s.slot_v);
+        }
         __syncthreads();
     }
 
@@ -194,10 +210,10 @@ template <int max_d> struct prefiller {
                 }
                 const int c = 4 * (line * n_sub + sub);
                 for (int j = 0; j < 4; ++j) {
-                    const range_device range = range_at(layout, tile, group_index(layout, 32 * lane_block, c + j));
-                    for (int place = 0; place < 4; ++place) {
-                        const int   t          = 32 * lane_block + 16 * (place / 2) + 2 * g() + place % 2;
-                        const int   code       = codes.code[sub][place / 2][place % 2] >> 8 * j & 255;
+                    const group_range range = range_at(layout, tile, group_of(layout, 32 * lane_block, c + j));
+                    for (int entry = 0; entry < 4; ++entry) {
+                        const int   t          = 32 * lane_block + 16 * (entry / 2) + 2 * g() + entry % 2;
+                        const int   code       = codes.code[sub][entry / 2][entry % 2] >> 8 * j & 255;
                         const float D          = range.zero + range.scale * (float) code;
                         k_at(t - token, c + j) = to_half(in_half_range(D + low_rank_at(layout, tile, t, c + j) + mean_at(layout, tile, c + j)));
                     }
@@ -221,12 +237,12 @@ template <int max_d> struct prefiller {
                 }
                 for (int j = 0; j < 4; ++j) {
                     const int t = 4 * ((first_line + line) * n_sub + sub) + j;
-                    for (int place = 0; place < 4; ++place) {
-                        const int c = 32 * lane_block + 16 * (place / 2) + 2 * g() + place % 2;
+                    for (int entry = 0; entry < 4; ++entry) {
+                        const int c = 32 * lane_block + 16 * (entry / 2) + 2 * g() + entry % 2;
                         if (c < layout.d_head) {
-                            const range_device range = range_at(layout, tile, group_index(layout, t, c));
-                            const float        D     = range.zero + range.scale * (float) (codes.code[sub][place / 2][place % 2] >> 8 * j & 255);
-                            v_at(t - token, c)       = to_half(in_half_range(D + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c)));
+                            const group_range range = range_at(layout, tile, group_of(layout, t, c));
+                            const float       D     = range.zero + range.scale * (float) (codes.code[sub][entry / 2][entry % 2] >> 8 * j & 255);
+                            v_at(t - token, c)      = to_half(in_half_range(D + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c)));
                         }
                     }
                 }
@@ -237,7 +253,7 @@ template <int max_d> struct prefiller {
     __device__ void restore_outliers(const tile_layout & layout, const uint8_t * tile, int token) {
         const bool is_k = layout.side == GEAR_SIDE_K;
         for_each(layout.part.n_vector * layout.part.n_outlier, [&](int i) {
-            const int vector = i / layout.part.n_outlier, index = tile[layout.part.outlier_index + i];
+            const int vector = i / layout.part.n_outlier, index = outlier_index_at(layout, tile, i);
             const int t = (is_k ? index : vector) - token, c = is_k ? vector : index;
             if (t >= 0 && t < sizes::strip) {
                 (is_k ? k_at(t, c) : v_at(t, c)) = half_at(tile + layout.part.outlier_value, i);
@@ -246,15 +262,15 @@ template <int max_d> struct prefiller {
     }
 
     // Exact rows, and zeros for cells never written; as packed ones are.
-    __device__ void load_exact(const device_side & side, const int32_t * places) {
+    __device__ void load_exact(const device_side & side, const int32_t * slots) {
         const int  d    = side.layout.d_head;
         const bool is_k = side.layout.side == GEAR_SIDE_K;
         for_each_warp(sizes::strip, [&](int cell, int lane) {
-            const int place = places[cell];
-            if (place == place_packed) {
+            const int slot = slots[cell];
+            if (slot == slot_packed) {
                 return;
             }
-            const uint16_t * row = place >= 0 ? exact_row_at(side, cache_stream(), place, head) : nullptr;
+            const uint16_t * row = slot >= 0 ? exact_row_at(side, cache_stream(), slot, head) : nullptr;
             float            x[n_channel];
             GEAR_UNROLL
             for (int i = 0; i < n_channel; ++i) {
@@ -280,8 +296,10 @@ template <int max_d> struct prefiller {
         const gear_attention_params & params   = args.params;
         const int                     d_k = args.k.layout.d_head, d_v = args.v.layout.d_head;
         float                         score[n_column][4] = {};
+        const int                     packed             = look_up(first);
+        load_strip(first, true, !sizes::is_large, packed);
         for (int c = 0; c < d_k; c += 16) {
-            const uint16_t * q    = s.q + (16 * warp() + g()) * s.k_stride + c + 2 * tig();
+            const uint16_t * q    = s.q + (first_row_of_warp() + g()) * s.k_stride + c + 2 * tig();
             const uint32_t   a[4] = { pair_at(q), pair_at(q + 8 * s.k_stride), pair_at(q + 8), pair_at(q + 8 * s.k_stride + 8) };
             GEAR_UNROLL
             for (int n = 0; n < n_column; ++n) {
@@ -292,7 +310,7 @@ template <int max_d> struct prefiller {
         }
         GEAR_UNROLL
         for (int half = 0; half < 2; ++half) { // rows g and g + 8
-            const int        r     = 16 * warp() + g() + 8 * half;
+            const int        r     = first_row_of_warp() + g() + 8 * half;
             const row_at     at    = row_of(args, head, first_row + least(r, n_rows - 1));
             const uint16_t * mask  = params.mask ? mask_row(args, stream, at) + first : nullptr;
             const float      slope = slope_at(params, at.head);
@@ -333,6 +351,10 @@ template <int max_d> struct prefiller {
                 out[n][2 * half + 1] *= factor;
             }
         }
+        if (sizes::is_large) {
+            __syncthreads();
+            load_strip(first, false, true, packed);
+        }
         GEAR_UNROLL
         for (int step = 0; step < sizes::strip / 16; ++step) {
             uint32_t a[4]; // a result's entries lie where the next product wants them
@@ -342,8 +364,8 @@ template <int max_d> struct prefiller {
             }
             GEAR_UNROLL
             for (int n = 0; n < n_out; ++n) {
-                if (8 * n < d_v) {
-                    const uint16_t * v    = s.v + (8 * n + g()) * s.v_stride + 16 * step + 2 * tig();
+                if (first_channel() + 8 * n < d_v) {
+                    const uint16_t * v    = s.v + (first_channel() + 8 * n + g()) * s.v_stride + 16 * step + 2 * tig();
                     const uint32_t   b[2] = { pair_at(v), pair_at(v + 8) };
                     mma_f16(out[n], a, b);
                 }
@@ -355,7 +377,7 @@ template <int max_d> struct prefiller {
         const int d = args.v.layout.d_head;
         GEAR_UNROLL
         for (int half = 0; half < 2; ++half) {
-            const int r = 16 * warp() + g() + 8 * half;
+            const int r = first_row_of_warp() + g() + 8 * half;
             if (r >= n_rows) {
                 continue;
             }
@@ -366,7 +388,7 @@ template <int max_d> struct prefiller {
             GEAR_UNROLL
             for (int n = 0; n < n_out; ++n) {
                 for (int i = 0; i < 2; ++i) {
-                    const int c = 8 * n + 2 * tig() + i;
+                    const int c = first_channel() + 8 * n + 2 * tig() + i;
                     if (c < d) {
                         to[c] = out[n][2 * half + i] * factor;
                     }

@@ -24,7 +24,7 @@ class slot_planner::recording_codec final : public tile_codec {
         const tile_view view = cells->view(stream, index);
         plan->jobs.push_back({ stream, index });
         for (int t = 0; t < n_token; ++t) {
-            plan->source.push_back(!written[t] ? place_absent : kept && kept[t] ? place_packed : is_update ? t : view.slot[t]);
+            plan->source.push_back(!written[t] ? slot_absent : kept && kept[t] ? slot_packed : is_update ? t : view.slot[t]);
         }
         return true;
     }
@@ -49,7 +49,7 @@ slot_planner::slot_planner(const store_shape & like, bool has_tiles) {
     codec_                      = has_tiles ? std::make_shared<recording_codec>() : nullptr;
     make_store(shape);
     const size_t n_tile = (size_t) shape.n_stream * cells_->n_tile();
-    slots_.assign((size_t) (shape.n_stream * shape.n_cell), place_absent);
+    slots_.assign((size_t) (shape.n_stream * shape.n_cell), slot_absent);
     n_exact_.assign(shape.n_stream, 0);
     n_exact_of_.assign(n_tile, 0);
     n_packed_of_.assign(n_tile, 0);
@@ -92,7 +92,7 @@ void slot_planner::note_changes_of_tile(int stream, int tile, slot_plan & plan) 
     const tile_view view  = cells_->view(stream, tile);
     const size_t    first = (size_t) stream * shape().n_cell + (size_t) tile * shape().tile, which = (size_t) stream * n_tile() + tile;
     for (int t = 0; t < view.n_token; ++t) {
-        const int32_t now = view.slot[t] >= 0 ? view.slot[t] : view.in_tile[t] ? place_packed : place_absent;
+        const int32_t now = view.slot[t] >= 0 ? view.slot[t] : view.in_tile[t] ? slot_packed : slot_absent;
         int32_t &     was = slots_[first + t];
         if (now != was) {
             n_exact_[stream] += (now >= 0) - (was >= 0);
@@ -259,7 +259,7 @@ void slot_planner::adopt(const store & from, slot_plan & plan) {
 }
 
 bool slot_planner::is_empty() const {
-    return std::all_of(slots_.begin(), slots_.end(), [](int32_t slot) { return slot == place_absent; });
+    return std::all_of(slots_.begin(), slots_.end(), [](int32_t slot) { return slot == slot_absent; });
 }
 
 bool slot_planner::agrees(const slot_planner & other) const {
@@ -286,7 +286,7 @@ bool slot_planner::agrees(const slot_planner & other) const {
 
 void slot_planner::clear() {
     cells_->clear();
-    std::fill(slots_.begin(), slots_.end(), place_absent);
+    std::fill(slots_.begin(), slots_.end(), slot_absent);
     std::fill(n_exact_.begin(), n_exact_.end(), 0);
     std::fill(n_exact_of_.begin(), n_exact_of_.end(), 0);
     std::fill(n_packed_of_.begin(), n_packed_of_.end(), 0);

@@ -21,13 +21,13 @@
 // has the range of f32, so that nothing has to be scaled first. Sums are f32.
 #pragma once
 
+#include "codec/ranges.h"
 #include "cuda/arguments.h"
-#include "cuda/machine.cuh"
+#include "cuda/block.cuh"
 
 namespace gear::cuda {
 
-constexpr int      warp_threads = 32;
-constexpr unsigned all_threads  = 0xffffffffu;
+constexpr unsigned all_threads = 0xffffffffu;
 
 struct alignas(8) word_pair { // one load of 8 bytes
     uint32_t word[2];
@@ -49,10 +49,6 @@ __device__ inline uint16_t half_at(const uint8_t * bytes, int i) {
     return reinterpret_cast<const uint16_t *>(bytes)[i];
 }
 
-__device__ inline int group_index(const tile_layout & layout, int token, int channel) {
-    return layout.side == GEAR_SIDE_K ? token / layout.group * layout.d_head + channel : channel / layout.group * layout.n_token + token;
-}
-
 // Lanes without padding.
 __device__ inline int real_lanes(const tile_layout & layout) {
     return layout.side == GEAR_SIDE_K ? layout.n_token : layout.d_head;
@@ -62,49 +58,31 @@ __device__ inline int real_lanes(const tile_layout & layout) {
 // One number at a time, as the scalar codec computes it
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
-struct range_device {
-    float scale, zero;
-};
-
-__device__ inline float zero_of(float lo, float hi, int z) {
-    return lo + (hi - lo) * (float) z / 255.0f;
-}
-
-__device__ inline float scale_of(float lo, float hi, int s, int levels) {
-    return (hi - lo) * (float) s / (float) (255 * levels);
-}
-
-__device__ inline range_device range_at(const tile_layout & layout, const uint8_t * tile, int group) {
+__device__ inline group_range range_at(const tile_layout & layout, const uint8_t * tile, int group) {
     const gear_tile_layout & part = layout.part;
     if (layout.config.scale_bits == 16) {
-        return { from_half(half_at(tile + part.scale, group)), from_half(half_at(tile + part.zero, group)) };
+        return range_of_16({ half_at(tile + part.scale, group), half_at(tile + part.zero, group) });
     }
     const int   set = layout.side == GEAR_SIDE_K ? group % part.n_set : group / layout.n_token;
     const float lo = from_half(half_at(tile + part.lo, set)), hi = from_half(half_at(tile + part.hi, set));
-    return { scale_of(lo, hi, tile[part.scale + group], layout.levels), zero_of(lo, hi, tile[part.zero + group]) };
+    return stored_set(lo, hi).range_of({ tile[part.scale + group], tile[part.zero + group] }, layout.levels);
 }
 
 __device__ inline int code_at(const tile_layout & layout, const uint8_t * tile, int token, int channel) {
     const bool is_k = layout.side == GEAR_SIDE_K;
-    const int  lane = is_k ? token : channel, depth = is_k ? channel : token;
-    const int  quad = depth / 4;
     int        code = 0;
     for (int i = 0; i < layout.n_plane; ++i) {
-        const plane_info & plane = layout.plane[i];
-        const int          line  = lane / 32 * (layout.part.n_depth / 4 / plane.per_line) + quad / plane.per_line;
-        const int          shift = plane.width * (2 * (quad % plane.per_line) + lane % 32 / 16);
-        code |= (tile[plane.offset + 64 * line + 4 * (lane % 16) + depth % 4] >> shift & ((1 << plane.width) - 1)) << plane.position;
+        const plane_info &  plane    = layout.plane[i];
+        const code_position position = position_of(plane, layout.part.n_depth, is_k ? token : channel, is_k ? channel : token);
+        code |= (tile[plane.offset + position.byte] >> position.shift & ((1 << plane.width) - 1)) << plane.position;
     }
     return code;
 }
 
 // Entry e of column k of a factor of n rows, without its step.
 __device__ inline int factor_at(const tile_layout & layout, const uint8_t * stored, int n, int k, int e) {
-    if (layout.config.factor_bits == 8) {
-        return (int8_t) stored[k * n + e];
-    }
-    const int half = e >= n / 2;
-    return (stored[k * n / 2 + e - half * (n / 2)] >> 4 * half & 15) - 8;
+    const int bits = layout.config.factor_bits;
+    return factor_entry(stored + k * n * bits / 8, bits, n, e);
 }
 
 __device__ inline float sigma_at(const tile_layout & layout, const uint8_t * tile, int k) {
@@ -121,7 +99,7 @@ __device__ inline float b_at(const tile_layout & layout, const uint8_t * tile, i
 
 // D: what codes say.
 __device__ inline float quantized_at(const tile_layout & layout, const uint8_t * tile, int token, int channel) {
-    const range_device range = range_at(layout, tile, group_index(layout, token, channel));
+    const group_range range = range_at(layout, tile, group_of(layout, token, channel));
     return range.zero + range.scale * (float) code_at(layout, tile, token, channel);
 }
 
@@ -137,6 +115,19 @@ __device__ inline float low_rank_at(const tile_layout & layout, const uint8_t * 
 // M
 __device__ inline float mean_at(const tile_layout & layout, const uint8_t * tile, int channel) {
     return layout.config.center ? from_half(half_at(tile + layout.part.mean, channel)) : 0.0f;
+}
+
+// Channels of H's block that channel c lies in. Of more than 256 channels the blocks are d's powers of two, the largest first: c's is that of the highest
+// bit in which c and d differ.
+__device__ inline int rotation_block(int d, int c) {
+    if (d <= 256) {
+        return d & -d;
+    }
+    int block = 16;
+    while (2 * block <= (c ^ d)) {
+        block *= 2;
+    }
+    return block;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -250,8 +241,8 @@ __device__ inline float warp_min(float x) {
     return -warp_max(-x);
 }
 
-// The normalized Hadamard transform of n rows of d floats in shared memory, by the whole block: the codec's steps in the codec's order.
-__device__ inline void hadamard_rows(float * rows, int n, int d, int stride) {
+// One run of H of n rows in shared memory, d channels each, by the whole block: the codec's steps in the codec's order.
+__device__ inline void hadamard_run(float * rows, int n, int d, int stride) {
     const int   block = d & -d;
     const float norm  = 1.0f / sqrtf((float) block);
     for (int half = 1; half < block; half *= 2) {
@@ -268,6 +259,14 @@ __device__ inline void hadamard_rows(float * rows, int n, int d, int stride) {
         rows[(int64_t) (i / d) * stride + i % d] *= norm;
     }
     __syncthreads();
+}
+
+// H of n rows of d floats.
+__device__ inline void hadamard_rows(float * rows, int n, int d, int stride) {
+    for (int first = 0, run; first < d; first += run) {
+        run = rotation_run(d, first);
+        hadamard_run(rows + first, n, run, stride);
+    }
 }
 
 } // namespace gear::cuda

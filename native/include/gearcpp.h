@@ -91,7 +91,7 @@ GEAR_API gear_config gear_config_default(void);
 // GEAR_OK, or GEAR_ERROR_INVALID with the reason.
 GEAR_API gear_status gear_config_check(const gear_config * config);
 
-// GEAR_OK if heads of this size can be packed (d_head a multiple of 16, 32 to 256), else GEAR_ERROR_UNSUPPORTED with the reason.
+// GEAR_OK if heads of this size can be packed (d_head a multiple of 16, 32 to 576), else GEAR_ERROR_UNSUPPORTED with the reason.
 GEAR_API gear_status gear_head_check(const gear_config * config, int32_t d_head_k, int32_t d_head_v);
 
 // One layer with a KV cache, as the model's metadata tell it.
@@ -120,7 +120,7 @@ typedef struct gear_tile_layout {
     int64_t mean;          // f16  [d]
     int64_t basis;         // u4   [d]                weights of the channels (rotate 2)
     int64_t outlier_value; // f16  [n_vector][n_outlier]
-    int64_t outlier_index; // u8   [n_vector][n_outlier]
+    int64_t outlier_index; // u8, or u16 where vectors have more than 256 entries   [n_vector][n_outlier]
     int32_t n_lane;        // lanes of the code planes: K: T; V: d rounded up to 32
     int32_t n_depth;       // depth of the code planes: K: d; V: T
     int32_t n_set;         // K: d; V: number of channel groups

@@ -9,7 +9,7 @@
 
 namespace gear {
 
-// Gathers small writes: a call of the caller's function may be slow.
+// Collects small writes: a call of the caller's function may be slow.
 class callback_output final : public output {
   public:
     callback_output(gear_session_write write, void * user) : write_(write), user_(user) { block_.reserve(block_bytes); }

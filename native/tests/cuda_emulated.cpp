@@ -1,7 +1,7 @@
-// cuda_emulated.cpp - libgearcpp-cuda with its kernels on the CPU, for tests of the wrapper, and GPUs of ggml's for it to wrap: devices CUDA0, CUDA1, ...
+// cuda_emulated.cpp - libgearcpp-cuda with its kernels on the CPU, for tests of plugin/cuda, and GPUs of ggml's for it to wrap: devices CUDA0, CUDA1, ...
 // as ggml-cuda registers them, whose graphs ggml's CPU computes. To be used with
 //     GEARCPP_CUDA=1
-//     GEARCPP_CUDA_LIBRARY      this library; tests/test_cuda_wrapper.py compiles it
+//     GEARCPP_CUDA_LIBRARY      this library; tests/test_cuda_device.py compiles it
 //     GEARCPP_EMULATED_GPUS     MiB of each GPU, which llama.cpp splits layers by, as in 2000,5000 for two of them; one of 4000 where it is not set
 //
 //     GEARCPP_EMULATED_ORDER    fixed: threads run in one order, so that what is computed does not depend on how many kernels were launched before
@@ -130,7 +130,7 @@ abi::buffer * alloc_buffer(abi::buffer_type * type, size_t size) {
 
 const uint8_t guid[16] = { 'e', 'm', 'u', 'l', 'a', 't', 'e', 'd' };
 
-// The backend that we are given may be a copy of ours with another device (cuda_wrapper), so the device is found by its context.
+// The backend that we are given may be a copy of ours with another device (plugin/cuda/backend.cpp), so the device is found by its context.
 struct context_of {
     abi::backend * cpu;
     gpu *          on;

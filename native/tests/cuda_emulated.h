@@ -295,7 +295,7 @@ inline const api table = {
     fill,
 
     start_write_rows,
-    start_set_places,
+    start_set_slots,
     pack_scratch_bytes,
     start_pack,
     start_unpack,

@@ -53,15 +53,15 @@ constexpr int    max_threads = 1024;
 constexpr size_t stack_bytes = 64 << 10;
 constexpr size_t exchange    = 32; // bytes of the largest value that a warp exchanges
 
-// What ThreadSanitizer is to see: everything before `publish` comes before what follows a later `take` of the same place.
-inline void publish([[maybe_unused]] void * place) {
+// What ThreadSanitizer is to see: everything before `publish` comes before what follows a later `take` of the same address.
+inline void publish([[maybe_unused]] void * address) {
 #if defined(__SANITIZE_THREAD__)
-    __tsan_release(place);
+    __tsan_release(address);
 #endif
 }
-inline void take([[maybe_unused]] void * place) {
+inline void take([[maybe_unused]] void * address) {
 #if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(place);
+    __tsan_acquire(address);
 #endif
 }
 
@@ -107,7 +107,7 @@ struct fiber {
 #elif defined(__SANITIZE_THREAD__)
     void * view = nullptr; // ThreadSanitizer's, of this fiber
 #else
-    jmp_buf place;
+    jmp_buf saved;
     bool    has_started = false;
 #endif
 };
@@ -135,7 +135,7 @@ struct machine {
 #elif defined(__SANITIZE_THREAD__)
     std::atomic<void *> scheduler_view{ nullptr };
 #else
-    jmp_buf scheduler_place;
+    jmp_buf scheduler_saved;
 #endif
 
     fiber &      self() { return fibers[current]; }
@@ -158,8 +158,8 @@ inline void to_scheduler() {
     __tsan_switch_to_fiber(m.scheduler_view.load(std::memory_order_relaxed), __tsan_switch_to_fiber_no_sync);
     swapcontext(&f.context, &m.scheduler);
 #else
-    if (_setjmp(f.place) == 0) {
-        _longjmp(m.scheduler_place, 1);
+    if (_setjmp(f.saved) == 0) {
+        _longjmp(m.scheduler_saved, 1);
     }
 #endif
 }
@@ -192,11 +192,11 @@ inline void resume(int thread) {
     __tsan_switch_to_fiber(f.view, __tsan_switch_to_fiber_no_sync);
     swapcontext(&m.scheduler, &f.context);
 #else
-    if (_setjmp(m.scheduler_place) != 0) {
+    if (_setjmp(m.scheduler_saved) != 0) {
         return;
     }
     if (f.has_started) {
-        _longjmp(f.place, 1);
+        _longjmp(f.saved, 1);
     }
     f.has_started = true;
     setcontext(&f.context);
@@ -223,7 +223,7 @@ inline int arrive(gate & g, int vote = 0) {
     return g.vote[generation & 1];
 }
 
-inline int place_in_order(int i, int n, int order) {
+inline int index_in_order(int i, int n, int order) {
     return order == 0 ? i : order == 1 ? n - 1 - i : (int) ((i * 37ll + 11) % n); // block sizes are powers of two, so that 37 reaches all
 }
 
@@ -254,7 +254,7 @@ inline void run_block(int n_thread) {
     for (int n_done = 0; n_done < n_thread;) {
         bool moved = false;
         for (int i = 0; i < n_thread; ++i) {
-            const int    thread  = place_in_order(i, n_thread, order_is_fixed() ? 0 : m.n_launch % 3);
+            const int    thread  = index_in_order(i, n_thread, order_is_fixed() ? 0 : m.n_launch % 3);
             fiber &      f       = m.fibers[thread];
             const gate * barrier = f.waits_for.load(std::memory_order_relaxed);
             if (f.is_done || (barrier && barrier->generation == f.generation)) {

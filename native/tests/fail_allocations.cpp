@@ -112,9 +112,9 @@ void *     mappings[4096];
 
 void replace_mapping(void * from, void * to) {
     std::lock_guard<std::mutex> guard(mappings_lock);
-    for (void *& place : mappings) {
-        if (place == from) {
-            place = to;
+    for (void *& mapping : mappings) {
+        if (mapping == from) {
+            mapping = to;
             allocations::n_alive += to ? 1 : -1;
             return;
         }

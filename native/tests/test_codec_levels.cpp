@@ -23,9 +23,9 @@ static gear_config random_config(std::mt19937 & random) {
 static void test_levels_agree() {
     std::mt19937 random(check::seed());
     for (int run = 0; run < 300; ++run) {
-        const gear_config    config = random_config(random);
-        const tile_case      c(config, one_of(random, { GEAR_SIDE_K, GEAR_SIDE_V }), one_of(random, { 32, 48, 64, 80, 96, 112, 128, 192, 256 }));
-        const numbers        x = run % 3 ? cache_like(c, (uint32_t) random()) : hard_tile(c, (int) (random() % n_kind), (uint32_t) random());
+        const gear_config config = random_config(random);
+        const tile_case c(config, one_of(random, { GEAR_SIDE_K, GEAR_SIDE_V }), one_of(random, { 32, 48, 64, 80, 96, 112, 128, 192, 256, 272, 512, 576 }));
+        const numbers   x = run % 3 ? cache_like(c, (uint32_t) random()) : hard_tile(c, (int) (random() % n_kind), (uint32_t) random());
         std::vector<uint8_t> written(c.T());
         for (uint8_t & w : written) {
             w = one_of(random, { 0, 1, 1, 1 });

@@ -1,4 +1,5 @@
-// Stores on their way to a file and back: the same cells bit for bit, other cells as rows, and nothing from a file that is not whole.
+// Stores on their way to a file and back: the same cells bit for bit, other cells as rows, and nothing from a file that is not whole. A little over 500
+// lines: its two halves share the helpers that make and read a session.
 #include "cache/gear_codec.h"
 #include "common/checksum.h"
 #include "common/error.h"

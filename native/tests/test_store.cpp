@@ -1,4 +1,5 @@
-// The store against a plain f16 cache, with a codec that has nothing to do with GEAR.
+// The store against a plain f16 cache, with a codec that has nothing to do with GEAR. One file of more than 500 lines: short cases of one subject, whose
+// harness is in store_model.h already.
 #include "allocations.h"
 #include "common/error.h"
 #include "common/half_rows.h"

@@ -80,7 +80,7 @@ def random_config(random: np.random.Generator) -> GearConfig:
 def test_random_tiles_and_configurations(trial, rng):
     random = np.random.default_rng(rng.initial_seed())
     config = random_config(random)
-    d_head = int(random.choice([32, 48, 64, 80, 128, 256]))
+    d_head = [272, 512, 576][trial // 8] if trial % 8 == 7 else int(random.choice([32, 48, 64, 80, 128, 256]))
     x = (random.standard_normal((config.tile, d_head)) * 10 ** random.uniform(-3, 3)).astype(np.float32)
     if trial % 3 == 0:
         x = np.round(x * 2) / 2  # many equal values, and many halfway between two codes
@@ -238,6 +238,9 @@ def test_bytes_by_hand():
     assert tile_bytes(side_config(GearConfig(), "k", 64)) == plain + 64
     # V, one group a token: codes, 2 bytes a token, one pair of extremes, each part filled up to 16 bytes, f16 means; the whole to 64.
     assert tile_bytes(side_config(GearConfig(), "v", 64)) == 256 * 64 // 2 + 2 * 256 + 2 * 16 + 2 * 64 + 32
+    # A place among more than 256 channels takes two bytes: round(0.01 * 512) = 5 at either end of 256 tokens.
+    outliers = replace(PLAIN, sparsity=0.02)
+    assert tile_bytes(side_config(outliers, "v", 512)) == tile_bytes(side_config(PLAIN, "v", 512)) + 256 * 10 * 4
     # The paper's 2 bits: f16 scales, r = 4 in 8 bits with f32 sigmas, S: round(0.01 * 256) = 3 at either end of 64 channels.
     paper = PRESETS["gear-paper2"]
     assert tile_bytes(side_config(paper, "k", 64)) == 256 * 64 // 4 + 4 * 4 * 64 + 16 + 4 * (256 + 64) + 64 * 6 * 3 + 48
@@ -263,3 +266,5 @@ def test_bad_input_is_refused():
         gear_tile(x, "x", GearConfig())
     with pytest.raises(UnsupportedError):
         gear_tile(torch.zeros(256, 40), "k", GearConfig())
+    with pytest.raises(UnsupportedError, match="a multiple of 16 channels from 32 to 576, not 592"):
+        gear_tile(torch.zeros(256, 592), "k", GearConfig())

@@ -9,6 +9,8 @@ The native code is compared with this: codes, scales, zeros, factors and outlier
 float32, rounds in the same places and adds up in the same order. Where it differs from GEAR as published (`gearcpp.reference.methods.gear`): T tokens of
 one head at a time, scales and zeros in 8 bits against the extremes of their set and rounded outwards, factors in 8 or 4 bits, a fixed count of outliers
 whose gaps take no part in the ranges.
+
+One file of more than 500 lines, as codec.cpp is: the two are read side by side.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from .gear import outliers_per_side
 from .tensors import Coded, as_tile, hadamard, side_axis
 
 HALF_MAX = 65504.0
+MAX_HEAD = 576  # channels
 N_PASS = 3  # of the power iteration
 N_PARTIAL = 16  # partial sums of a product of vectors
 PART_ALIGN, TILE_ALIGN = 16, 64  # bytes
@@ -89,12 +92,12 @@ def side_config(config: GearConfig, side: str, d_head: int) -> SideConfig:
 
     Raises:
         ConfigError: the configuration is out of range, or this side is kept as f16.
-        UnsupportedError: the head size is not a multiple of 16 from 32 to 256.
+        UnsupportedError: the head size is not a multiple of 16 from 32 to 576.
     """
     check_config(config)
     side_axis(side)
-    if d_head % 16 or not 32 <= d_head <= 256:
-        raise UnsupportedError(f"heads must have a multiple of 16 channels from 32 to 256, not {d_head}")
+    if d_head % 16 or not 32 <= d_head <= MAX_HEAD:
+        raise UnsupportedError(f"heads must have a multiple of 16 channels from 32 to {MAX_HEAD}, not {d_head}")
     bits = getattr(config, f"bits_{side}")
     if bits == 16:
         raise ConfigError(f"{side.upper()} is kept as f16 (bits_{side}=16): it has no packed tiles")
@@ -129,7 +132,8 @@ def tile_bytes(side: SideConfig) -> int:
     factors = [4 * side.rank, side.rank * n_token * side.factor_bits // 8, side.rank * d * side.factor_bits // 8]
     means = [2 * d] if side.center else []
     weights = [d // 2] if side.rotate == "auto" else []
-    outliers = [2 * n_vector * side.n_outlier, n_vector * side.n_outlier]
+    index_bytes = 1 if (n_token if side.is_k else d) <= 256 else 2
+    outliers = [2 * n_vector * side.n_outlier, index_bytes * n_vector * side.n_outlier]
     return _aligned(sum(_aligned(part, PART_ALIGN) for part in planes + scales + extremes + factors + means + weights + outliers), TILE_ALIGN)
 
 
@@ -160,7 +164,7 @@ def pack(x: Tensor, side: SideConfig, written: Tensor | None = None, query_squar
         basis = choose_basis(x, side, written, query_square)
         x = x * _weights(basis).unsqueeze(-2)
     if side.rotate:
-        x = hadamard(x).clamp(-HALF_MAX, HALF_MAX)
+        x = _rotated(x).clamp(-HALF_MAX, HALF_MAX)
     if written is not None:
         x = x.masked_fill(~written.unsqueeze(-1), math.nan)  # NaN marks an entry that D and L need not describe
     mean = _mean_of_rows(x).half().float() if side.center else torch.zeros_like(x[..., 0, :])
@@ -196,9 +200,16 @@ def unpack(parts: Parts, side: SideConfig) -> Tensor:
         vectors = vectors.scatter(-1, parts.outlier_index, parts.outlier_value)
         x = vectors.transpose(-1, -2) if side.is_k else vectors
     x = x + parts.mean.unsqueeze(-2)
-    x = hadamard(x) if side.rotate else x
+    x = _rotated(x) if side.rotate else x
     x = x / _weights(parts.basis).unsqueeze(-2) if side.rotate == "auto" else x
     return x.clamp(-HALF_MAX, HALF_MAX).contiguous()
+
+
+def _rotated(x: Tensor) -> Tensor:
+    """H: up to 256 channels in blocks of the largest power of two that divides their number; more of them as powers of two, the largest first."""
+    d = x.shape[-1]
+    runs = [d] if d <= 256 else [1 << bit for bit in reversed(range(d.bit_length())) if d >> bit & 1]
+    return torch.cat([hadamard(run) for run in x.split(runs, dim=-1)], dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""The CUDA wrapper without a GPU: its kernels run on the CPU (native/tests/cuda_on_cpu.h), on GPUs that ggml's CPU plays (native/tests/cuda_emulated.cpp).
+"""The device over ggml's CUDA, without a GPU: its kernels run on the CPU (native/tests/cuda_on_cpu.h), on GPUs that ggml's CPU plays
+(native/tests/cuda_emulated.cpp).
+
 What touches the memory of another GPU than it should is a fault there as on real ones.
 
 What this cannot show: what runs at the same time, ggml-cuda's own graphs. benchmarks/cuda_gpu.sh runs those on a GPU.
@@ -210,7 +212,7 @@ def caches(log: str) -> dict[str, float]:
 ON_CPU = {"GEARCPP_SIMD": "scalar", "GEARCPP_CUDA": "", "GEARCPP_CUDA_LIBRARY": ""}
 
 
-def test_wrapper_gives_what_the_cpu_gives(emulated: Path, bundled_model: Path, tmp_path: Path) -> None:
+def test_gives_what_the_cpu_gives(emulated: Path, bundled_model: Path, tmp_path: Path) -> None:
     arguments = {"model": str(bundled_model), "n_prompt": 200, "n_decode": 8}
     stats, cpu = run(ON_CPU, tmp_path / "cpu.npz", **arguments)
     cuda_stats, cuda = run(on_gpu(emulated), tmp_path / "cuda.npz", **arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,14 +11,13 @@ from typing import Any
 
 import gguf
 
+from gearcpp.cache.allocation import LLAMA_BITS, Allocation, LayerGroup, allocated, cache_bytes, default_ubatch, describe, group_layers
 from gearcpp.cache.kv_type import KVTypeLike, normalize_kv_type
-from gearcpp.cache.stats import LLAMA_BITS, cache_bytes
 from gearcpp.config import PRESETS
 from gearcpp.errors import DataError
-from gearcpp.model_info import ModelInfo, read_model_info
+from gearcpp.model_info import LongArray, ModelInfo, TensorHeader, read_header, read_model_info
 
 _LONGEST_VALUE = 200  # characters of a text, entries of a list: what is longer is described
-_UBATCH = 512  # of the exact rows, see KVNeed
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,18 @@ class KVNeed:
     """What one kv type takes at a context.
 
     Attributes:
-        n_bytes: codes or blocks of all cells, and llama.cpp's table of cells.
-        exact_bytes: the f16 rows that a GEAR cache keeps besides: tail, sinks and a ubatch of 512.
+        n_bytes: all that llama.cpp allocates for one sequence: cells of all layers, its tables of cells, and recurrent states.
+        layers: the layers by what they become.
     """
 
     kv_type: str
     n_bytes: int
-    exact_bytes: int
+    layers: tuple[LayerGroup, ...]
+
+    @property
+    def summary(self) -> str:
+        """The layers in one line."""
+        return describe(self.layers)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Inspection:
         metadata: every key; long texts and lists are described, not given.
         tensors: in the order of the file.
         n_ctx: the context that `kv` is for, 0 if the file is no model with a KV cache.
+        swa_full: whether sliding windows get as many cells as that, as with --swa-full.
+        n_window: layers with a sliding window.
         kv: one entry for each kv type.
     """
 
@@ -60,6 +67,8 @@ class Inspection:
     metadata: Mapping[str, Any]
     tensors: tuple[TensorInfo, ...]
     n_ctx: int
+    swa_full: bool
+    n_window: int
     kv: tuple[KVNeed, ...]
 
     @property
@@ -84,30 +93,36 @@ class Inspection:
         return {**asdict(self), "path": str(self.path), "n_parameters": self.n_parameters, "by_type": by_type}
 
 
-def inspect_model(path: str | os.PathLike[str], n_ctx: int | None = None) -> Inspection:
+def inspect_model(path: str | os.PathLike[str], n_ctx: int | None = None, *, swa_full: bool = False) -> Inspection:
     """Read a GGUF file's metadata and tensor list.
 
     Args:
         path: the file.
         n_ctx: context for the sizes of the KV cache; default, what the model was trained for.
+        swa_full: sliding windows get as many cells as that.
 
     Raises:
         DataError: the file is missing, damaged, or no GGUF.
     """
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: _described(field.contents()) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-        tensors = tuple(
-            TensorInfo(tensor.name, tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)), int(tensor.n_bytes))
-            for tensor in reader.tensors
-        )
-    except (OSError, ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as GGUF: {error}") from error
+    keys, headers = read_header(path)
+    metadata = {key: _described(value) for key, value in keys.items()}
+    tensors = tuple(_tensor(path, header) for header in headers)
     info = _model_info(Path(path), metadata)
     if info is None or not info.layers:
-        return Inspection(Path(path), metadata, tensors, 0, ())
+        return Inspection(Path(path), metadata, tensors, 0, swa_full, 0, ())
     context = n_ctx or info.n_ctx_train
-    return Inspection(Path(path), metadata, tensors, context, tuple(_kv_need(info, name, context) for name in (*LLAMA_BITS, *PRESETS)))
+    n_ubatch = min(default_ubatch(info, swa_full=swa_full), context)
+    needs = tuple(_kv_need(info, name, Allocation(context, n_ubatch, swa_full=swa_full)) for name in (*LLAMA_BITS, *PRESETS))
+    return Inspection(Path(path), metadata, tensors, context, swa_full, sum(layer.window > 0 for layer in info.cached_layers), needs)
+
+
+def _tensor(path: str | os.PathLike[str], header: TensorHeader) -> TensorInfo:
+    try:
+        kind = gguf.GGMLQuantizationType(header.type)
+    except ValueError:
+        raise DataError(f"{path}: its tensor {header.name!r} is of type {header.type}, which the installed gguf does not know") from None
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return TensorInfo(header.name, kind.name, header.shape, math.prod(header.shape) // block * block_bytes)
 
 
 def _model_info(path: Path, metadata: Mapping[str, Any]) -> ModelInfo | None:
@@ -116,16 +131,15 @@ def _model_info(path: Path, metadata: Mapping[str, Any]) -> ModelInfo | None:
     return read_model_info(path) if f"{architecture}.block_count" in metadata else None
 
 
-def _kv_need(info: ModelInfo, kv_type: KVTypeLike, n_ctx: int) -> KVNeed:
+def _kv_need(info: ModelInfo, kv_type: KVTypeLike, allocation: Allocation) -> KVNeed:
     kv = normalize_kv_type(kv_type)
-    n_bytes = cache_bytes(kv, info.layers, n_ctx)
-    if not kv.gear:
-        return KVNeed(kv.name, n_bytes, 0)
-    n_rows = min(kv.gear.n_tail + kv.gear.n_sink + _UBATCH, n_ctx)
-    return KVNeed(kv.name, n_bytes, 2 * info.kv_elements(n_rows))
+    sides = [(side.il, side.kind, side.n_bytes) for side in allocated(kv, info, allocation)]
+    return KVNeed(kv.name, cache_bytes(kv, info, allocation), tuple(group_layers(sides, info, allocation)))
 
 
 def _described(value: Any) -> Any:
+    if isinstance(value, LongArray):
+        return f"{value.length} values"
     if isinstance(value, list) and len(value) > _LONGEST_VALUE:
         return f"{len(value)} values"
     if isinstance(value, str) and len(value) > _LONGEST_VALUE:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import native
 from .cache.kv_type import KVTypeLike, normalize_kv_type
-from .cache.stats import gear_layers, summarize
+from .cache.stats import gear_layers, seen_in, summarize
 from .errors import AbiError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ def kv_stats() -> dict[str, Any]:
             raise native.last_error()
         if count <= n:
             stores = [native.struct_to_dict(stats[i]) for i in range(count)]
-            return summarize(_loaded, gear_layers(stores), int(native.lib.gear_device_scratch_bytes(device)))
+            info, allocation = seen_in(stores)
+            layers = gear_layers(stores, _loaded, info, allocation, operation=lambda il: native.text(native.lib.gear_device_other_use(device, il)))
+            return summarize(_loaded, layers, int(native.lib.gear_device_scratch_bytes(device)), info, allocation)
         n = count
 
 

@@ -36,7 +36,7 @@ class Shape:
         return self.d_head_v or self.d_head
 
 
-class _Weights:
+class Weights:
     """Random tensors of one model."""
 
     def __init__(self, writer: gguf.GGUFWriter, seed: int) -> None:
@@ -53,7 +53,7 @@ class _Weights:
         self.writer.add_tensor(name, (mean + 0.1 * self.random.standard_normal(shape)).astype(np.float32))
 
 
-def _attention(weights: _Weights, block: str, s: Shape) -> None:
+def attention(weights: Weights, block: str, s: Shape) -> None:
     weights.norm(f"{block}.attn_norm", s.n_embd)
     weights.matrix(f"{block}.attn_q", s.n_head * s.d_head, s.n_embd, gain=2.0)
     weights.matrix(f"{block}.attn_k", s.n_head_kv * s.d_head, s.n_embd, gain=2.0)
@@ -61,27 +61,27 @@ def _attention(weights: _Weights, block: str, s: Shape) -> None:
     weights.matrix(f"{block}.attn_output", s.n_embd, s.n_head * s.d_v)
 
 
-def _feed_forward(weights: _Weights, block: str, s: Shape) -> None:
+def feed_forward(weights: Weights, block: str, s: Shape) -> None:
     weights.norm(f"{block}.ffn_norm", s.n_embd)
     weights.matrix(f"{block}.ffn_gate", s.n_ff, s.n_embd)
     weights.matrix(f"{block}.ffn_up", s.n_ff, s.n_embd)
     weights.matrix(f"{block}.ffn_down", s.n_embd, s.n_ff)
 
 
-def _llama(weights: _Weights, block: str, s: Shape) -> None:
+def _llama(weights: Weights, block: str, s: Shape) -> None:
     """Plain causal attention with RoPE."""
-    _attention(weights, block, s)
-    _feed_forward(weights, block, s)
+    attention(weights, block, s)
+    feed_forward(weights, block, s)
 
 
-def _gemma2(weights: _Weights, block: str, s: Shape) -> None:
+def _gemma2(weights: Weights, block: str, s: Shape) -> None:
     """Soft-capped scores; every other layer has a sliding window."""
     _llama(weights, block, s)
     weights.norm(f"{block}.post_attention_norm", s.n_embd)
     weights.norm(f"{block}.post_ffw_norm", s.n_embd)
 
 
-def _gemma3(weights: _Weights, block: str, s: Shape) -> None:
+def _gemma3(weights: Weights, block: str, s: Shape) -> None:
     """Normalized queries and keys; all but every sixth layer have a sliding window."""
     _gemma2(weights, block, s)
     weights.norm(f"{block}.attn_q_norm", s.d_head)
@@ -91,9 +91,9 @@ def _gemma3(weights: _Weights, block: str, s: Shape) -> None:
 _N_EXPERT = 2
 
 
-def _gpt_oss(weights: _Weights, block: str, s: Shape) -> None:
+def _gpt_oss(weights: Weights, block: str, s: Shape) -> None:
     """Attention sinks; every other layer has a sliding window; a mixture of experts."""
-    _attention(weights, block, s)
+    attention(weights, block, s)
     weights.vector(f"{block}.attn_output.bias", s.n_embd)
     weights.vector(f"{block}.attn_sinks.weight", s.n_head, mean=1.0)
     weights.norm(f"{block}.post_attention_norm", s.n_embd)
@@ -104,9 +104,9 @@ def _gpt_oss(weights: _Weights, block: str, s: Shape) -> None:
         weights.vector(f"{block}.ffn_{name}_exps.bias", _N_EXPERT, n_out)
 
 
-def _mixtral(weights: _Weights, block: str, s: Shape) -> None:
+def _mixtral(weights: Weights, block: str, s: Shape) -> None:
     """A mixture of four experts, three of which see a token; no windows."""
-    _attention(weights, block, s)
+    attention(weights, block, s)
     weights.norm(f"{block}.ffn_norm", s.n_embd)
     weights.matrix(f"{block}.ffn_gate_inp", _N_MIXTRAL, s.n_embd, gain=4.0)  # so that the expert left out would have had little to say
     for name, n_out, n_in in (("gate", s.n_ff, s.n_embd), ("up", s.n_ff, s.n_embd), ("down", s.n_embd, s.n_ff)):
@@ -116,7 +116,7 @@ def _mixtral(weights: _Weights, block: str, s: Shape) -> None:
 _N_MIXTRAL = 4
 
 
-def _lfm2(weights: _Weights, block: str, s: Shape) -> None:
+def _lfm2(weights: Weights, block: str, s: Shape) -> None:
     """A hybrid: short convolutions, whose state is recurrent, in even layers; attention in odd ones. n_head * d_head must be n_embd."""
     if _is_recurrent(int(block.removeprefix("blk."))):
         weights.norm(f"{block}.attn_norm", s.n_embd)
@@ -124,10 +124,10 @@ def _lfm2(weights: _Weights, block: str, s: Shape) -> None:
         weights.matrix(f"{block}.shortconv.conv", s.n_embd, _N_CONV)
         weights.matrix(f"{block}.shortconv.out_proj", s.n_embd, s.n_embd)
     else:
-        _attention(weights, block, s)
+        attention(weights, block, s)
         weights.norm(f"{block}.attn_q_norm", s.d_head)
         weights.norm(f"{block}.attn_k_norm", s.d_head)
-    _feed_forward(weights, block, s)
+    feed_forward(weights, block, s)
 
 
 _N_CONV = 3
@@ -137,7 +137,7 @@ def _is_recurrent(il: int) -> bool:
     return il % 2 == 0
 
 
-def _bert(weights: _Weights, block: str, s: Shape) -> None:
+def _bert(weights: Weights, block: str, s: Shape) -> None:
     """An encoder: all tokens see each other, nothing is cached. n_head * d_head must be n_embd and n_head_kv n_head."""
     for name in ("q", "k", "v", "output"):
         weights.matrix(f"{block}.attn_{name}", s.n_embd, s.n_embd)
@@ -151,7 +151,7 @@ def _bert(weights: _Weights, block: str, s: Shape) -> None:
 _LORA_RANK, _N_ROT = 32, 32
 
 
-def _minicpm3(weights: _Weights, block: str, s: Shape) -> None:
+def _minicpm3(weights: Weights, block: str, s: Shape) -> None:
     """Keys and values of different sizes (kept as plain heads). n_head_kv must be n_head."""
     weights.norm(f"{block}.attn_norm", s.n_embd)
     weights.matrix(f"{block}.attn_q_a", _LORA_RANK, s.n_embd)
@@ -161,13 +161,13 @@ def _minicpm3(weights: _Weights, block: str, s: Shape) -> None:
     weights.norm(f"{block}.attn_kv_a_norm", _LORA_RANK)
     weights.matrix(f"{block}.attn_kv_b", s.n_head * (s.d_head - _N_ROT + s.d_v), _LORA_RANK, gain=2.0)
     weights.matrix(f"{block}.attn_output", s.n_embd, s.n_head * s.d_v)
-    _feed_forward(weights, block, s)
+    feed_forward(weights, block, s)
 
 
 _N_NOPE, _D_MLA = 32, 48  # channels of a head that is taken out of the latent: of K without RoPE, of V
 
 
-def _deepseek2(weights: _Weights, block: str, s: Shape) -> None:
+def _deepseek2(weights: Weights, block: str, s: Shape) -> None:
     """Latent attention (MLA): one row a token is K and, in its first d_v channels, V. d_head is d_v and what RoPE turns; n_head_kv must be 1."""
     n_rot = s.d_head - s.d_v
     weights.norm(f"{block}.attn_norm", s.n_embd)
@@ -179,10 +179,10 @@ def _deepseek2(weights: _Weights, block: str, s: Shape) -> None:
     weights.matrix(f"{block}.attn_k_b", s.d_v, _N_NOPE, n_expert=s.n_head)
     weights.matrix(f"{block}.attn_v_b", _D_MLA, s.d_v, n_expert=s.n_head)
     weights.matrix(f"{block}.attn_output", s.n_embd, s.n_head * _D_MLA)
-    _feed_forward(weights, block, s)
+    feed_forward(weights, block, s)
 
 
-def _mpt(weights: _Weights, block: str, s: Shape) -> None:
+def _mpt(weights: Weights, block: str, s: Shape) -> None:
     """ALiBi: positions are a slope over the keys, no RoPE. n_head * d_head must be n_embd."""
     weights.norm(f"{block}.attn_norm", s.n_embd)
     weights.matrix(f"{block}.attn_qkv", s.n_embd + 2 * s.n_head_kv * s.d_head, s.n_embd, gain=1.5)
@@ -192,7 +192,7 @@ def _mpt(weights: _Weights, block: str, s: Shape) -> None:
     weights.matrix(f"{block}.ffn_down", s.n_embd, s.n_ff)
 
 
-_FAMILIES: dict[str, Callable[[_Weights, str, Shape], None]] = {
+_FAMILIES: dict[str, Callable[[Weights, str, Shape], None]] = {
     "llama": _llama,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
@@ -223,7 +223,7 @@ def write_model(path: Path, family: str = "llama", shape: Shape | None = None) -
     _add_family_keys(writer, family, s)
     add_byte_vocabulary(writer)
 
-    weights = _Weights(writer, s.seed)
+    weights = Weights(writer, s.seed)
     weights.matrix("token_embd", N_VOCAB, s.n_embd, gain=np.sqrt(s.n_embd))
     for il in range(s.n_layer):
         _FAMILIES[family](weights, f"blk.{il}", s)

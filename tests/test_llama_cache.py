@@ -75,7 +75,7 @@ def test_packed_tiles_are_near(name: str, random_model: RandomModel, random: np.
     reference, _ = logits(path, "f16", tokens, flash_attn=True)
     means = []
     for bits in (2, 4, 6):
-        scores, stats = logits(path, SMALL.replace(bits_k=bits, bits_v=bits), tokens)
+        scores, stats = logits(path, SMALL.replace(bits_k=bits, bits_v=bits), tokens, swa_full=True)
         assert stats["total"]["packed_share"] > 0.5
         means.append(kl_divergence(reference, scores)[N_TOKENS // 2 :].mean())
     assert means[0] > 4 * means[1] > 16 * means[2] > 0

@@ -132,7 +132,7 @@ def test_contexts_of_another_length_and_batch(llm: Llama, random_model: RandomMo
         np.testing.assert_allclose(next_logits(other), expected, atol=1e-4)  # n_kv is padded differently, which changes the order of sums
     plain = load(random_model(), n_batch=1000, n_ubatch=1000)  # a cache that its own steps would fill: it stays f16, and takes the rows
     plain.load_session(tmp_path / "s")
-    assert {layer["kind"] for layer in plain.kv_stats()["layers"]} == {"f16: window too small to gain"}
+    assert {layer["kind"] for layer in plain.kv_stats()["layers"]} == {"f16: context too small to gain"}
     assert distance(expected, next_logits(plain)) < NEAR
     plain.save_session(tmp_path / "plain")  # and back again
     llm.load_session(tmp_path / "plain")

@@ -19,7 +19,7 @@ from ..model_info import KVLayer, ModelInfo
 from .placement import Placement
 from .python_codec import Codec, CountedCodec
 
-_USED_OTHERWISE = 2  # gear_store_stats.kind
+_PACKED, _USED_OTHERWISE = 0, 2  # gear_store_stats.kind
 
 
 class GearDevice:
@@ -120,6 +120,10 @@ class GearDevice:
                 return [native.struct_to_dict(stats[i]) for i in range(count)]
             n = count
 
+    def other_use(self, il: int) -> str:
+        """The operation that GEAR does not cover and llama.cpp uses on a layer's cache; "" for none."""
+        return native.text(native.lib.gear_device_other_use(self._device, il))
+
     def scratch_bytes(self) -> int:
         """Memory of attention's and packing's scratch over all contexts of the device."""
         return int(native.lib.gear_device_scratch_bytes(self._device))
@@ -128,11 +132,14 @@ class GearDevice:
         """Raise UnsupportedError unless llama.cpp put the KV cache of these layers on this device.
 
         K and V of every layer, or K alone in latent attention, must be in its stores (in a hybrid model any layer may have no cache, but not all of
-        them), and not all of them kept as f16 because llama.cpp reads them by other operations than flash attention.
+        them), and not all of them kept as f16 because llama.cpp uses them in operations that GEAR does not cover, or heads cannot be packed.
         """
         stores = self.stats()
-        if stores and all(store["kind"] == _USED_OTHERWISE for store in stores):
-            raise UnsupportedError("llama.cpp reads this model's KV cache by operations that GEAR does not cover; use kv_type='f16' for this model")
+        others = [store["il"] for store in stores if store["kind"] == _USED_OTHERWISE]
+        if others and not any(store["kind"] == _PACKED for store in stores):
+            operation = next(filter(None, map(self.other_use, others)), "")
+            reason = f"llama.cpp uses {operation} on this model's KV cache" if operation else "no layer's heads can be packed"
+            raise UnsupportedError(f"nothing of this model's KV cache could be compressed: {reason}; use kv_type='f16' for this model")
         owned = {(store["il"], store["side"]) for store in stores}
         sides = ((native.lib.GEAR_SIDE_K, "d_head_k"), (native.lib.GEAR_SIDE_V, "d_head_v"))
         absent = [layer for layer in layers if not {(layer.il, side) for side, d_head in sides if getattr(layer, d_head)} <= owned]

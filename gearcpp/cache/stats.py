@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-from .. import native
-from ..errors import UnsupportedError
-from ..model_info import KVLayer
+from ..model_info import KVLayer, ModelInfo
+from .allocation import KIND_OF_CODEC, Allocation, allocated, describe, group_layers, is_lost, kind_of, state_bytes, unpackable_heads
 from .kv_type import KVType
 from .python_codec import CountedCodec
 
-# gear_store_stats.kind
-KIND_OF_CODEC = "codec in Python: tiles kept as f16, no memory saved"
-KINDS = ("gear", "f16: window too small to gain", "f16: used by operations that GEAR does not cover", "f16: asked for")
-# Bits per number of llama.cpp's own types: block bytes * 8 / block length (ggml-common.h).
-LLAMA_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5}
-
-_CELL_BYTES = 40  # position, shift and set of sequences of a cell (llama-kv-cells.h)
 ERRORS = ("error", "score_error", "worst_error", "worst_head")  # of gear_store_stats; None: nothing is known
 _SUMS = ("n_elements", "n_written", "n_packed", "n_exact", "n_pack", "bytes", "bytes_used", "bytes_tiles", "bytes_exact", "bytes_tables", "bytes_f16")
 
 
-def gear_layers(stores: Iterable[dict[str, Any]], codec: CountedCodec | None = None) -> list[dict[str, Any]]:
-    """One entry for each store, from the fields of ``gear_store_stats``; ``codec``: the Python codec, if one coded the tiles."""
+def gear_layers(
+    stores: Iterable[dict[str, Any]],
+    kv: KVType,
+    info: ModelInfo,
+    allocation: Allocation,
+    *,
+    codec: CountedCodec | None = None,
+    operation: Callable[[int], str] = lambda il: "",
+) -> list[dict[str, Any]]:
+    """One entry for each store, from the fields of ``gear_store_stats``.
+
+    Args:
+        codec: the Python codec, if one coded the tiles.
+        operation: which operation that GEAR does not cover is used on a layer's cache, "" for none.
+    """
+    by_il = {layer.il: layer for layer in info.layers}
+    heads = {il: unpackable_heads(kv, layer) for il, layer in by_il.items()}
     return [
         {
             **store,
             "side": "kv"[store["side"]],
-            "kind": KIND_OF_CODEC if codec and store["kind"] == 0 else KINDS[store["kind"]],
+            "kind": KIND_OF_CODEC
+            if codec and store["kind"] == 0
+            else kind_of(store["kind"], by_il.get(il), allocation, heads.get(il, ""), operation(il) if store["kind"] == 2 else ""),
             "n_elements": store["n_cell"] * store["n_stream"] * store["n_head_kv"] * store["d_head"],
             "bytes": store["bytes_tiles"] + store["bytes_exact"] + store["bytes_tables"],
             "bytes_used": store["bytes_tiles_used"] + store["bytes_exact"] + store["bytes_tables"],
@@ -37,7 +47,8 @@ def gear_layers(stores: Iterable[dict[str, Any]], codec: CountedCodec | None = N
             "stays_exact": bool(store["stays_exact"]),
             **(_codec_figures(store, codec) if codec else {}),
         }
-        for store in stores
+        for store in sorted(stores, key=lambda store: (store["il"], store["side"]))
+        for il in [store["il"]]
     ]
 
 
@@ -67,61 +78,54 @@ def _codec_figures(store: dict[str, Any], codec: CountedCodec) -> dict[str, floa
     return {"codec_bits_per_element": bits, "codec_bytes": bits / 8 * store["n_packed"] * store["n_head_kv"] * store["d_head"]}
 
 
-def llama_layers(kv: KVType, layers: Sequence[KVLayer], n_cell: int, n_written: int) -> list[dict[str, Any]]:
-    """The same for a cache of llama.cpp's own types, computed, since llama.cpp has no call for it. Assumes a full-size cache of one stream."""
+def seen_in(stores: Iterable[dict[str, Any]]) -> tuple[ModelInfo, Allocation]:
+    """A model whose metadata are not at hand, as far as its stores show it: layers with fewer cells than others have a window."""
+    sides = {(store["il"], store["side"]): store for store in stores}
+    n_ctx = max((store["n_cell"] for store in sides.values()), default=0)
+    layers = tuple(
+        KVLayer(il, k["n_head_kv"], k["d_head"], v["d_head"], window=0 if k["n_cell"] == n_ctx else k["n_cell"])
+        for il in sorted({il for il, _ in sides})
+        for k in [sides.get((il, 0), sides.get((il, 1), {}))]
+        for v in [sides.get((il, 1), k)]
+    )
+    return ModelInfo(Path(), (), "", {}, len(layers), 0, n_ctx, 0, 0, layers), Allocation(n_ctx)
+
+
+def llama_layers(kv: KVType, info: ModelInfo, allocation: Allocation, n_written: int) -> list[dict[str, Any]]:
+    """The same for a cache of llama.cpp's own types, computed, since llama.cpp has no call for it. Assumes one stream."""
+    by_il = {layer.il: layer for layer in info.layers}
     return [
         {
-            "il": layer.il,
-            "side": side,
-            "kind": cache_type,
+            "il": side.il,
+            "side": side.side,
+            "kind": side.kind,
             "n_head_kv": layer.n_head_kv,
-            "d_head": d_head,
+            "d_head": layer.d_head_k if side.side == "k" else layer.d_head_v,
             "n_stream": 1,
-            "n_cell": n_cell,
-            "n_written": n_written,
+            "n_cell": side.n_cell,
+            "n_written": min(n_written, side.n_cell),
             "n_packed": 0,
-            "n_exact": n_written,
+            "n_exact": min(n_written, side.n_cell),
             "n_pack": 0,
-            "n_elements": n_elements,
-            "bytes": n_bytes,
-            "bytes_used": n_bytes,
+            "n_elements": side.f16_bytes // 2,
+            "bytes": side.n_bytes,
+            "bytes_used": side.n_bytes,
             "bytes_tiles": 0,
-            "bytes_exact": n_bytes,
+            "bytes_exact": side.n_bytes,
             "bytes_tables": 0,
-            "bytes_f16": n_elements * 2,
-            "bits_per_element": LLAMA_BITS[cache_type],
+            "bytes_f16": side.f16_bytes,
+            "bits_per_element": side.bits_per_element,
             **dict.fromkeys(ERRORS),
             "stays_exact": False,
         }
-        for layer in layers
-        for side, d_head, cache_type in (("k", layer.d_head_k, kv.type_k), ("v", layer.d_head_v, kv.type_v))
-        if d_head
-        for n_elements in [n_cell * layer.n_head_kv * d_head]
-        for n_bytes in [int(n_elements * LLAMA_BITS[cache_type] / 8)]
+        for side in allocated(kv, info, allocation)
+        for layer in [by_il[side.il]]
     ]
 
 
-def cache_bytes(kv: KVType, layers: Sequence[KVLayer], n_ctx: int) -> int:
-    """Memory that a cache for ``n_ctx`` tokens takes at least: codes or blocks, and llama.cpp's own table of cells."""
-    bits_per_cell = sum(
-        layer.n_head_kv * (layer.d_head_k * _bits(kv, "k", layer.d_head_k) + layer.d_head_v * _bits(kv, "v", layer.d_head_v)) for layer in layers
-    )
-    return n_ctx * (_CELL_BYTES + math.ceil(bits_per_cell / 8))
-
-
-def _bits(kv: KVType, side: native.Side, d_head: int) -> float:
-    if kv.method:
-        return 16.0  # what it returns is kept as f16
-    if not kv.gear:
-        return LLAMA_BITS[kv.type_k if side == "k" else kv.type_v]
-    try:
-        return native.bits_per_element(kv.gear, side, d_head)
-    except UnsupportedError:
-        return 16.0  # heads that cannot be packed stay f16
-
-
-def summarize(kv: KVType, layers: list[dict[str, Any]], scratch_bytes: int) -> dict[str, Any]:
+def summarize(kv: KVType, layers: list[dict[str, Any]], scratch_bytes: int, info: ModelInfo, allocation: Allocation) -> dict[str, Any]:
     """The whole of `Llama.kv_stats` (described there)."""
+    groups = group_layers([(layer["il"], layer["kind"], layer["bytes"]) for layer in layers], info, allocation)
     total: dict[str, Any] = {name: sum(layer[name] for layer in layers) for name in _SUMS}
     n_elements = total["n_elements"] or 1
     total["bits_per_element"] = sum(layer["bits_per_element"] * layer["n_elements"] for layer in layers) / n_elements
@@ -135,4 +139,6 @@ def summarize(kv: KVType, layers: list[dict[str, Any]], scratch_bytes: int) -> d
         n_coded = sum(layer["n_packed"] * layer["n_head_kv"] * layer["d_head"] for layer in layers)
         total["codec_bytes"] = sum(layer["codec_bytes"] for layer in layers)
         total["codec_bits_per_element"] = 8 * total["codec_bytes"] / n_coded if n_coded else math.nan
-    return {"kv_type": kv.name, "total": total, "layers": layers}
+    total["state_bytes"] = state_bytes(info, allocation) if layers else 0
+    total["growth_share_lost"] = sum(group.growth_share for group in groups if is_lost(group))
+    return {"kv_type": kv.name, "total": total, "groups": [group.to_dict() for group in groups], "summary": describe(groups), "layers": layers}

@@ -136,7 +136,8 @@ def load_model(
     *,
     n_ctx: int | None = None,
     n_threads: int | None = None,
-    n_batch: int = 512,
+    n_batch: int | None = None,
+    swa_full: bool = False,
     verbose: bool = False,
 ) -> Llama:
     """Load a model with the KV cache asked for.
@@ -146,6 +147,8 @@ def load_model(
         kv: any form of ``kv_type``.
         n_ctx: cells of the cache, 0: what the model was trained for; None: that, but at most `DEFAULT_CTX`.
         n_threads: of generation and prefill both; None: the physical cores.
+        n_batch: tokens of a batch and of a step; None: gearcpp.Llama's.
+        swa_full: sliding windows get as many cells as the context.
         verbose: llama.cpp's log on stderr.
 
     Raises:
@@ -156,21 +159,27 @@ def load_model(
     if not verbose:
         silence_llama_log()
     trained = read_model_info(path).n_ctx_train
-    n_ctx = min(trained, DEFAULT_CTX) if n_ctx is None else n_ctx or trained
+    n_ctx = default_ctx(trained, n_ctx)
     if n_ctx > trained:
         notice(f"note: this model was trained for {trained} tokens; past them its answers degrade")
     threads = n_threads or default_threads()
+    batch: dict[str, Any] = {"n_batch": n_batch, "n_ubatch": n_batch} if n_batch else {}
     return Llama(
         str(path),
         kv_type=kv,
         n_ctx=n_ctx,
-        n_batch=n_batch,
-        n_ubatch=n_batch,
+        **batch,
         n_threads=threads,
         n_threads_batch=threads,
         flash_attn=True,
+        swa_full=swa_full,
         verbose=verbose,
     )
+
+
+def default_ctx(trained: int, given: int | None) -> int:
+    """Tokens of a context: those given, 0 for all that the model was trained for, None for that, but at most `DEFAULT_CTX`."""
+    return min(trained, DEFAULT_CTX) if given is None else given or trained
 
 
 def silence_llama_log() -> None:

@@ -27,6 +27,14 @@ CtxSize = Annotated[
     int | None,
     typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context; 0: all that the model was trained for.", rich_help_panel=_MODEL),
 ]
+SwaFull = Annotated[
+    bool,
+    typer.Option(
+        "--swa-full",
+        help="Sliding windows keep the whole context: more memory, but a full context can be shifted and any prefix taken up again.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, metavar="N", help="Threads; default: the cores.", rich_help_panel=_MODEL)]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", callback=set_verbose, help="llama.cpp's log, and tracebacks of errors.", rich_help_panel=_MODEL)]
 

@@ -21,8 +21,13 @@ def cache_line(llm: Llama) -> str:
 
 
 def model_line(llm: Llama) -> str:
-    """What was loaded."""
-    return f"{Path(llm.model_path).name} | {llm.kv_type.name} | context {llm.n_ctx()} | {cache_line(llm)}"
+    """What was loaded, and what its layers are."""
+    return f"{Path(llm.model_path).name} | {llm.kv_type.name} | context {llm.n_ctx()} | {cache_line(llm)} | {layers_line(llm)}"
+
+
+def layers_line(llm: Llama) -> str:
+    """How many layers are GEAR, and why the others are not."""
+    return f"layers: {llm.kv_stats()['summary']}"
 
 
 def answer_line(conversation: Conversation) -> str:
@@ -53,6 +58,7 @@ def stats_lines(conversation: Conversation) -> list[str]:
     return [
         f"context: {len(conversation.dialogue.tokens)} of {llm.n_ctx()} tokens",
         f"memory: {mib(total['bytes'])} for the whole context, {mib(total['bytes_used'])} in use; f16 would take {mib(total['bytes_f16'])}",
+        layers_line(llm),
         f"packed: {total['packed_share']:.0%} of the rows, {total['bits_per_element']:.2f} bits per element; the others are exact (f16)",
         f"all counted, exact rows and bookkeeping too: {total['bits_per_element_all']:.2f} bits per element of the whole context",
         *error_lines(llm.kv_stats()),

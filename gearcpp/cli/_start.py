@@ -37,6 +37,7 @@ def conversation(
     kv: str,
     ctx_size: int | None,
     threads: int | None,
+    swa_full: bool,
     verbose: bool,
     system_prompt: str | None,
     predict: int | None,
@@ -49,7 +50,7 @@ def conversation(
     if not plain and is_assistant(model, hf):
         system_prompt = _ASSISTANT_SYSTEM if system_prompt is None else system_prompt
         predict = _ASSISTANT_PREDICT if predict is None else predict
-    llm = load_model(resolve_model(model, hf), kv, n_ctx=ctx_size, n_threads=threads, verbose=verbose)
+    llm = load_model(resolve_model(model, hf), kv, n_ctx=ctx_size, n_threads=threads, swa_full=swa_full, verbose=verbose)
     try:
         yield Conversation(
             llm,

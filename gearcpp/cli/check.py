@@ -27,6 +27,7 @@ def check(
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=1, metavar="N", help="Tokens to read.")] = 2048,
     threads: options.Threads = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also what the cache says of each layer: the error of scores and values.")] = False,
+    swa_full: options.SwaFull = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the sentences.")] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw KL divergence over bits per element (PNG, SVG, PDF).")] = None,
     verbose: options.Verbose = False,
@@ -46,7 +47,7 @@ def check(
     if chosen.kv_type == F16:
         raise ConfigError("f16 is what the others are held against: give another cache, such as --kv gear")
     path, data = resolve_model(model, hf), read_text(text) if text else own_text()
-    settings = Settings(n_ctx=ctx_size, n_ubatch=min(128, ctx_size), n_chunks=1, n_threads=threads or default_threads(), floor=False)
+    settings = Settings(n_ctx=ctx_size, n_ubatch=min(128, ctx_size), n_chunks=1, n_threads=threads or default_threads(), floor=False, swa_full=swa_full)
     rows: list[Row] = []
     verdicts: dict[str, Verdict] = {}
     name: str | None = chosen.label

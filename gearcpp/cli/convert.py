@@ -66,12 +66,13 @@ def inspect_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file.")],
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, metavar="N", help="Context for the KV cache; default, the trained one.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    swa_full: options.SwaFull = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: everything.")] = False,
 ) -> None:
     """Metadata, tensors and sizes of a GGUF file, and what its KV cache would need."""
     from gearcpp.convert import inspect_model
 
-    inspection = inspect_model(file, ctx)
+    inspection = inspect_model(file, ctx, swa_full=swa_full)
     if as_json:
         typer.echo(json.dumps(inspection.to_dict(), indent=2))
     else:
@@ -124,7 +125,10 @@ def _print_inspection(inspection: Inspection, every_tensor: bool) -> None:
             console.print(f"{tensor.name:36} {tensor.type:6} {list(tensor.shape)!s:22} {mib(tensor.n_bytes)}", markup=False, soft_wrap=True)
     if inspection.kv:
         f16 = next((need.n_bytes for need in inspection.kv if need.kv_type == "f16"), math.nan)
-        needs = table(f"\nKV cache for {inspection.n_ctx} tokens", "kv type", "size", "exact rows", "of f16")
+        windows = " with --swa-full" if inspection.swa_full and inspection.n_window else ""
+        needs = table(f"\nKV cache for {inspection.n_ctx} tokens{windows}", "kv type", "size", "of f16")
         for need in inspection.kv:
-            needs.add_row(need.kv_type, mib(need.n_bytes), mib(need.exact_bytes) if need.exact_bytes else "", f"{need.n_bytes / f16:.1%}")
+            needs.add_row(need.kv_type, mib(need.n_bytes), f"{need.n_bytes / f16:.1%}")
         console.print(needs)
+        gear = next(need for need in inspection.kv if need.kv_type == "gear")
+        console.print(f"layers with gear: {gear.summary}", markup=False, soft_wrap=True)

@@ -48,6 +48,7 @@ def gsm8k(
     hf: options.HfRepo = None,
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
+    swa_full: options.SwaFull = False,
     as_json: Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -62,7 +63,7 @@ def gsm8k(
     def solve(llm: Llama) -> Iterator[Solved]:
         return tasks.gsm8k(llm, examples[: tasks.N_SHOTS], asked, predict)
 
-    results = _run(solve, len(asked), kv, resolve_model(model, hf), ctx_size, threads, verbose)
+    results = _run(solve, len(asked), kv, resolve_model(model, hf), ctx_size, threads, swa_full, verbose)
     lines = []
     for spec, solved in results.by_cache.items():
         share = mean(one.is_right for one in solved)
@@ -84,6 +85,7 @@ def needle(
     hf: options.HfRepo = None,
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
+    swa_full: options.SwaFull = False,
     as_json: Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -98,7 +100,7 @@ def needle(
     def search(llm: Llama) -> Iterator[Search]:
         return tasks.needle(llm, text, sizes, fractions, seed)
 
-    results = _run(search, len(sizes) * depths, kv, resolve_model(model, hf), ctx_size, threads, verbose)
+    results = _run(search, len(sizes) * depths, kv, resolve_model(model, hf), ctx_size, threads, swa_full, verbose)
     lines = []
     for spec, searches in results.by_cache.items():
         by_length = [[one.is_found for one in searches if one.length == length] for length in sizes]
@@ -119,6 +121,7 @@ def drift(
     hf: options.HfRepo = None,
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
+    swa_full: options.SwaFull = False,
     as_json: Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -131,7 +134,7 @@ def drift(
     def write(llm: Llama) -> Iterator[Answer]:
         return (tasks.answer(llm, prompt, predict) for prompt in tasks.split_prompts(llm, text, prompts, prompt_size))
 
-    results = _run(write, prompts, kv, resolve_model(model, hf), ctx_size, threads, verbose)
+    results = _run(write, prompts, kv, resolve_model(model, hf), ctx_size, threads, swa_full, verbose)
     lines = []
     for spec, answers in results.by_cache.items():
         drifts = [tasks.compare_answers(one.tokens, f16.tokens) for one, f16 in zip(answers, results.f16, strict=False)]
@@ -167,7 +170,16 @@ class Results:
         return next(iter(self.by_cache.values()))
 
 
-def _run(task: Callable[[Llama], Iterator[Any]], n_cases: int, kv: str, path: Path, n_ctx: int | None, n_threads: int | None, verbose: bool) -> Results:
+def _run(
+    task: Callable[[Llama], Iterator[Any]],
+    n_cases: int,
+    kv: str,
+    path: Path,
+    n_ctx: int | None,
+    n_threads: int | None,
+    swa_full: bool,
+    verbose: bool,
+) -> Results:
     """Do the task with every cache, with a progress bar, until it is done or Ctrl-C."""
     from llama_cpp._logger import set_verbose
     from rich.progress import Progress
@@ -183,7 +195,7 @@ def _run(task: Callable[[Llama], Iterator[Any]], n_cases: int, kv: str, path: Pa
         try:
             for spec in specs:
                 bar = progress.add_task(spec.label, total=n_cases)
-                with closing(load(path, spec, n_ctx=context, n_threads=n_threads or default_threads())) as llm:
+                with closing(load(path, spec, n_ctx=context, n_threads=n_threads or default_threads(), swa_full=swa_full)) as llm:
                     for result in task(llm):
                         results.by_cache.setdefault(spec, []).append(result)
                         progress.advance(bar)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from gearcpp.cli import _options as options
 from gearcpp.cli import app
+from gearcpp.cli._console import mib
 from gearcpp.config import PRESETS
 from gearcpp.errors import AbiError
 
@@ -20,9 +23,17 @@ CUDA_HINT = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cach
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Versions, plugin, SIMD level, devices, and the presets with their bits per element."""
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    model: Annotated[Path | None, typer.Option("-m", "--model", metavar="FILE", help="Say what becomes of this model's layers, too.")] = None,
+    kv: options.KvType = "gear",
+    ctx_size: options.CtxSize = None,
+    swa_full: options.SwaFull = False,
+) -> None:
+    """Versions, plugin, SIMD level, devices, and the presets with their bits per element; with -m what the layers of a model become."""
     facts = collect()
+    if model:
+        facts["model"] = model_facts(model, kv, ctx_size, swa_full=swa_full)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
@@ -59,6 +70,43 @@ def collect() -> dict[str, Any]:
         "cuda": (cuda := any(device["name"].startswith("CUDA") for device in devices)),
         "cuda_kernels": _cuda_kernels(cuda),
         "presets": {name: {"config": config.to_dict(), "bits_per_element": _bits(config)} for name, config in PRESETS.items()},
+    }
+
+
+def model_facts(path: Path, kv: str, n_ctx: int | None, *, swa_full: bool = False) -> dict[str, Any]:
+    """What llama.cpp will allocate for a model and what its layers become, told from its metadata.
+
+    Args:
+        path: GGUF file.
+        kv: name of a ``kv_type``.
+        n_ctx: context, 0: what the model was trained for; None: that, but at most what chat takes.
+        swa_full: sliding windows get as many cells as that.
+
+    Raises:
+        DataError, ConfigError, UnsupportedError: of the file, the name, or the family.
+    """
+    from gearcpp.cache import allocation as a
+    from gearcpp.cache.kv_type import normalize_kv_type
+    from gearcpp.cli._model import default_ctx
+    from gearcpp.model_info import read_model_info
+
+    found, kv_type = read_model_info(path), normalize_kv_type(kv)
+    if kv_type.gear:
+        found.check_gear()
+    context = default_ctx(found.n_ctx_train, n_ctx)
+    allocation = a.Allocation(context, min(a.default_ubatch(found, swa_full=swa_full), context), swa_full=swa_full)
+    sides = a.allocated(kv_type, found, allocation)
+    groups = a.group_layers([(side.il, side.kind, side.n_bytes) for side in sides], found, allocation)
+    return {
+        "path": str(path),
+        "architecture": found.arch,
+        "kv_type": kv_type.name,
+        "n_ctx": context,
+        "bytes": sum(side.n_bytes for side in sides),
+        "bytes_f16": sum(side.f16_bytes for side in sides),
+        "state_bytes": a.state_bytes(found, allocation),
+        "summary": a.describe(groups),
+        "groups": [group.to_dict() for group in groups],
     }
 
 
@@ -138,6 +186,12 @@ def _print(facts: dict[str, Any]) -> None:
         line("device", f"{device['name']}: {device['description']}, {device['bytes_total'] / 2**30:.1f} GiB")
     line("CUDA", "present" if facts["cuda"] else f"absent from this llama-cpp-python; to get it: {CUDA_HINT}")
     line("CUDA kernels", _cuda_line(facts["cuda_kernels"]))
+
+    if model := facts.get("model"):
+        line("model", f"{model['path']}: {model['architecture']}, {model['kv_type']}, context {model['n_ctx']}")
+        states = f", recurrent states {mib(model['state_bytes'])}" if model["state_bytes"] else ""
+        line("KV cache", f"{mib(model['bytes'])} (f16: {mib(model['bytes_f16'])}){states}")
+        line("layers", model["summary"] or "none has a KV cache")
 
     presets = Table("preset", title="Bits per element of a packed tile (f16: 16)", title_justify="left", box=None, pad_edge=False)
     for d_head in HEAD_SIZES:

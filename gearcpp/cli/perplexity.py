@@ -64,6 +64,7 @@ def perplexity(
         typer.Option("--calibrate", metavar="TEXT_FILE", help="Text that sim:kvquantN and sim:cq-NcMb learn from first; another one than FILE."),
     ] = None,
     threads: options.Threads = None,
+    swa_full: options.SwaFull = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.", rich_help_panel=_OUTPUT)] = False,
     csv_file: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the table as CSV, too.", rich_help_panel=_OUTPUT)] = None,
     plot_file: Annotated[
@@ -93,6 +94,7 @@ def perplexity(
         seed=seed,
         n_models=models,
         like_llama=like_llama,
+        swa_full=swa_full,
     )
     path, text = resolve_model(model, hf), read_text(file)
     if calibrate:

@@ -48,6 +48,7 @@ def serve(
     kv: options.KvType = "gear",
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
+    swa_full: options.SwaFull = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Serve OpenAI's API (needs the extra: pip install "gearcpp\\[server]"). Requests are decoded together in one compressed cache."""
@@ -65,6 +66,8 @@ def serve(
         path = resolve_model(model, hf)
         trained = read_model_info(path).n_ctx_train
         common = {"model": str(path), "n_threads": threads or default_threads(), "n_threads_batch": threads or default_threads(), "verbose": verbose}
+        if swa_full:
+            common["swa_full"] = True
         n_ctx = min(trained, DEFAULT_CTX) if ctx_size is None else ctx_size or trained
         first = {"model_alias": alias or path.stem, "kv_type": kv, "n_ctx": n_ctx, "parallel": parallel, "chat_format": chat_format}
         models = [checked(GearModelSettings, {**common, **first})]

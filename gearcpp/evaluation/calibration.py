@@ -75,6 +75,7 @@ def record(
         n_ubatch=N_UBATCH,
         n_threads=n_threads,
         n_threads_batch=n_threads,
+        swa_full=True,  # windows are packed, too, and have something to show
         verbose=False,
     )
     try:

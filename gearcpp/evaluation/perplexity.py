@@ -22,6 +22,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from ..cache.allocation import Allocation
 from ..cache.kv_type import KVType, normalize_kv_type, split_kv_types
 from ..cache.stats import ERRORS, gear_layers, llama_layers, summarize
 from ..errors import ConfigError, DataError, GearError, UnsupportedError
@@ -50,6 +51,7 @@ class Settings:
         n_models: most models in memory at once, f16's among them. GEAR types beyond that cost another reading of the text by f16.
         like_llama: refuse what llama-perplexity refuses, and leave out the row of f16 against itself.
         floor: measure f16 against itself, too.
+        swa_full: sliding windows have as many cells as the context.
     """
 
     n_ctx: int = 4096
@@ -60,6 +62,7 @@ class Settings:
     n_models: int = 2
     like_llama: bool = False
     floor: bool = True
+    swa_full: bool = False
 
     @property
     def scored(self) -> range:
@@ -214,10 +217,12 @@ class _Context(Context):
             n_ubatch=spec.n_ubatch or settings.n_ubatch,
             n_threads=n_threads,
             n_threads_batch=n_threads,
+            swa_full=settings.swa_full,
             op_offload=False,
             no_perf=True,
         )
         super().__init__(model, params, spec.label)
+        self._allocation = Allocation(settings.n_ctx, params.n_ubatch, swa_full=settings.swa_full)
         self._batch = Batch(settings.n_ubatch)
 
     def score(self, tokens: I32, first: int, scored: npt.NDArray[np.int64]) -> F32:
@@ -242,8 +247,11 @@ class _Context(Context):
     def cache_stats(self, n_written: int) -> dict[str, Any]:
         """What the cache holds, as `Llama.kv_stats` has it."""
         device, kv_type = self.model.device, self.spec.kv_type
-        layers = gear_layers(device.stats(), device.codec) if device else llama_layers(kv_type, self.model.info.layers, self.n_ctx, n_written)
-        return summarize(kv_type, layers, device.scratch_bytes() if device else 0)
+        info, allocation = self.model.info, self._allocation
+        if not device:
+            return summarize(kv_type, llama_layers(kv_type, info, allocation, n_written), 0, info, allocation)
+        layers = gear_layers(device.stats(), kv_type, info, allocation, codec=device.codec, operation=device.other_use)
+        return summarize(kv_type, layers, device.scratch_bytes(), info, allocation)
 
 
 def _n_cpu() -> int:

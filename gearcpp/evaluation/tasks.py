@@ -35,7 +35,7 @@ def parse_specs(kv: str) -> list[CacheSpec]:
     return [REFERENCE, *(spec for spec in specs if spec.kv_type != REFERENCE.kv_type)]
 
 
-def load(path: str | os.PathLike[str], spec: CacheSpec, *, n_ctx: int, n_threads: int | None = None) -> Llama:
+def load(path: str | os.PathLike[str], spec: CacheSpec, *, n_ctx: int, n_threads: int | None = None, swa_full: bool = False) -> Llama:
     """A model with this cache. Flash attention is on for all caches, so that f16 differs by the cache alone."""
     return Llama(
         str(path),
@@ -46,6 +46,7 @@ def load(path: str | os.PathLike[str], spec: CacheSpec, *, n_ctx: int, n_threads
         n_threads=n_threads,
         n_threads_batch=n_threads,
         flash_attn=True,
+        swa_full=swa_full,
         verbose=False,
     )
 

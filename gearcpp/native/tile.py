@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..config import GearConfig, Rotation
 from ..errors import from_status
-from .library import F32, U8, Side, check, ffi, lib, pointer, side_number, struct_to_dict
+from .library import F32, U8, Side, check, ffi, last_error, lib, pointer, side_number, struct_to_dict
 
 _TILE_ALIGN = 64  # bytes, native/codec/tile.h
 
@@ -50,6 +50,21 @@ def check_config(config: GearConfig) -> None:
 def check_heads(config: GearConfig, d_head_k: int, d_head_v: int) -> None:
     """Raise UnsupportedError when heads of these sizes cannot be packed."""
     check(lib.gear_head_check(config_to_c(config), d_head_k, d_head_v))
+
+
+def side_bytes(config: GearConfig, il: int, heads: tuple[int, int, int], side: Side, n_cell: int, n_ubatch: int, n_stream: int = 1) -> tuple[int, int]:
+    """What a side of a layer takes when llama.cpp makes it with so many cells, and what it becomes (gear_store_stats.kind). Nothing is made.
+
+    Args:
+        il: layer.
+        heads: KV heads, channels of K's and of V's.
+        n_ubatch: most rows of one write.
+    """
+    layer, kind = ffi.new("gear_layer *", (il, *heads)), ffi.new("int32_t *")
+    n_bytes = lib.gear_side_bytes(config_to_c(config), layer, side_number(side), n_cell, n_stream, n_ubatch, kind)
+    if n_bytes < 0:
+        raise last_error()
+    return int(n_bytes), int(kind[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------

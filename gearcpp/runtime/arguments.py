@@ -87,6 +87,8 @@ def parent_arguments(
     """
     given = taken(given)
     arguments = {**given, "n_ctx": _rounded_context(given.get("n_ctx", 512), n_ctx_train)}
+    if "swa_full" in known_arguments():  # as llama.cpp's own programs have it; the library's default is True
+        arguments["swa_full"] = bool(given.get("swa_full"))
     for name in ("n_batch", "n_ubatch"):
         if name in given:
             _whole(name, given[name], 1)

@@ -52,26 +52,47 @@ def tell(context: Any, device: GearDevice) -> None:
         native.lib.gear_session_free(session)
 
 
-class TellingContext(internals.LlamaContext):
-    """llama-cpp-python's context, which tells its cache what it gives back."""
+def can_go_back(context: Any, sequence: int, n: int) -> bool:
+    """Whether a sequence can go on after its first n tokens. The cells of a sliding window may hold none of the tokens before the nth any more.
 
-    device: GearDevice
+    Args:
+        context: llama.cpp's context.
+        sequence: its number.
+    """
+    n_window = llama_cpp.llama_model_n_swa(llama_cpp.llama_get_model(context))
+    if n_window <= 0 or n <= 0:
+        return True
+    return bool(llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(context), sequence) <= max(n - n_window, 0))
+
+
+class TellingContext(internals.LlamaContext):
+    """llama-cpp-python's context, which tells its cache what it gives back, and does not go back to where a sliding window is lost.
+
+    Attributes:
+        device: what its model was loaded with; None: its cache is llama.cpp's own.
+    """
+
+    device: GearDevice | None
 
     @classmethod
-    def of(cls, context: Any, device: GearDevice) -> None:
+    def of(cls, context: Any, device: GearDevice | None) -> None:
         """Make a context one of these."""
         context.__class__ = cls
         context.device = device
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        """As the parent's, which takes a negative seq_id for the first."""
-        has_end = llama_cpp.llama_memory_seq_pos_max(self.memory, max(seq_id, 0)) >= max(p0, 0)
+        """As the parent's, which takes a negative seq_id for the first. False, and nothing removed, where the rest would lack its sliding window."""
+        sequence = max(seq_id, 0)
+        has_end = llama_cpp.llama_memory_seq_pos_max(self.memory, sequence) >= max(p0, 0)
+        if has_end and p1 < 0 and not can_go_back(self.ctx, sequence, p0):
+            return False
         done = super().kv_cache_seq_rm(seq_id, p0, p1)
-        if done and has_end:
+        if done and has_end and self.device:
             tell(self.ctx, self.device)
         return bool(done)
 
     def kv_cache_seq_keep(self, seq_id: int) -> None:
         """As the parent's."""
         super().kv_cache_seq_keep(seq_id)
-        tell(self.ctx, self.device)
+        if self.device:
+            tell(self.ctx, self.device)

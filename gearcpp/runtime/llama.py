@@ -21,7 +21,7 @@ from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from .. import native
-from ..cache import stats
+from ..cache import allocation, stats
 from ..cache.device import GearDevice
 from ..cache.kv_type import KVType, KVTypeLike, for_sequences, normalize_kv_type
 from ..cache.placement import Placement, choose_placement
@@ -57,6 +57,10 @@ class Llama(llama_cpp.Llama):
     - What cannot be done is refused: a LoRA file that is not there, a sampling parameter out of range, a tool that must be called and is not there.
     - `reset` empties the cache at once; what it held leaves no trace in later answers.
     - ``n_ctx`` is rounded up to a multiple of 256, as llama.cpp does itself.
+    - Sliding windows (Gemma, gpt-oss, ...) get the cells that they need, as in llama.cpp's own programs: ``swa_full`` is False if not given. Such a
+      context cannot be shifted, and goes back to an earlier token only as far as its windows reach: `generate` evaluates the prompt again where they do
+      not, `eval` refuses. ``swa_full=True`` gives them as many cells as the context. Without it ``n_ubatch`` is 256 on the CPU if not given, because a
+      window has cells for a step besides.
     - After `close`, use raises ClosedError; the parent crashes.
     - With a ``draft_model`` logits of the whole context are kept (n_ctx x n_vocab x 4 bytes, paid for as tokens come); the parent fails past n_batch.
     - `save_state` keeps logits only with ``logits_all``.
@@ -96,12 +100,17 @@ class Llama(llama_cpp.Llama):
         resolved = parent_arguments(self.kv_type, given, self.info.n_ctx_train, has_cache=has_cache, placement=placement)
         self.kv_type = for_sequences(self.kv_type, self._n_sequences, resolved["n_ctx"])
         codec = codec_of(self.kv_type, codec)
+        if placement.on_cpu and has_cache and not resolved.get("embedding"):
+            resolved.setdefault("n_ubatch", allocation.default_ubatch(self.info, swa_full=bool(resolved.get("swa_full", True))))
+        n_ubatch = min(resolved["n_ctx"], resolved.get("n_batch", 512), resolved.get("n_ubatch", 512))
+        self._allocation = allocation.Allocation(resolved["n_ctx"], n_ubatch, self._n_sequences, bool(resolved.get("swa_full", True)))
         if has_cache and placement.on_cpu:
-            self._check_memory(resolved["n_ctx"])
+            self._check_memory()
         if has_cache and self.kv_type.gear:
-            n_ubatch = min(resolved["n_ctx"], resolved.get("n_batch", 512), resolved.get("n_ubatch", 512))
             self._device = GearDevice(self.info, self.kv_type.gear, n_ubatch=n_ubatch, codec=codec, placement=placement)
         self._construct(resolved)
+        if self._device and (warning := allocation.warning(self._layer_groups())):
+            warnings.warn(f"{self.info.path.name}: {warning} (kv_stats() lists them)", stacklevel=2)
         if (chat_format := arguments.get("chat_format")) and not self.chat_handler:
             self._check_chat_format(chat_format)
         seed = arguments.get("seed")
@@ -117,8 +126,9 @@ class Llama(llama_cpp.Llama):
                 super().__init__(**arguments)
                 if arguments.get("lora_path") and not self._lora_adapter:  # the parent looks for None, and gets a null pointer
                     raise DataError(f"llama.cpp cannot use the LoRA file {arguments['lora_path']}: {log.reason or 'is it of this model?'}")
-                if self._device:
+                if self._ctx.memory is not None:
                     free_cells.TellingContext.of(self._ctx, self._device)
+                if self._device:
                     self._device.check_owns(self.info.layers, is_hybrid=llama_cpp.llama_model_is_hybrid(self.model))
             except BaseException as error:
                 failure = self._explain_construction(error, log.reason)
@@ -160,14 +170,14 @@ class Llama(llama_cpp.Llama):
             self.close()
             raise ConfigError(f"unknown chat_format {name!r}{suggest(name, known) or '; known: ' + ', '.join(sorted(known))}")
 
-    def _check_memory(self, n_ctx: int) -> None:
-        """Refuse what the process would be killed for. Without swa_full the caches of sliding windows are smaller than what is known here."""
-        n_bytes = stats.cache_bytes(self.kv_type, self.info.layers, n_ctx)
+    def _check_memory(self) -> None:
+        """Refuse what the process would be killed for."""
+        n_bytes = allocation.cache_bytes(self.kv_type, self.info, self._allocation)
         available = native.available_memory()
-        if n_bytes > available and self._given.get("swa_full") is not False:
+        if n_bytes > available:
             raise OutOfMemoryError(
-                f"a {self.kv_type.name} cache for n_ctx={n_ctx} takes {n_bytes / 2**20:.0f} MiB, but only {available / 2**20:.0f} MiB are available; "
-                "use a smaller n_ctx or a kv_type of fewer bits"
+                f"a {self.kv_type.name} cache for n_ctx={self._allocation.n_ctx} takes {n_bytes / 2**20:.0f} MiB, "
+                f"but only {available / 2**20:.0f} MiB are available; use a smaller n_ctx or a kv_type of fewer bits"
             )
 
     def _explain_construction(self, error: BaseException, reason: str) -> BaseException:
@@ -200,7 +210,18 @@ class Llama(llama_cpp.Llama):
             self._ctx.kv_cache_clear()
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens, as in llama_cpp.Llama; a failing cache raises its own error."""
+        """Evaluate tokens, as in llama_cpp.Llama; a failing cache raises its own error.
+
+        Raises:
+            UnsupportedError: ``n_tokens`` was set back to where a sliding window is lost.
+        """
+        self._require_open()
+        has_end = self._ctx.memory is not None and llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0) >= self.n_tokens
+        if has_end and not free_cells.can_go_back(self.ctx, 0, self.n_tokens):
+            raise UnsupportedError(
+                f"the sliding windows of this {self.info.arch} model do not reach back to token {self.n_tokens} any more: reset() and evaluate all tokens "
+                "again, or keep windows whole with swa_full=True"
+            )
         with self._explained():
             super().eval(tokens)
 
@@ -256,7 +277,10 @@ class Llama(llama_cpp.Llama):
         """What the KV cache holds and costs.
 
         Returns:
-            ``kv_type``: its name. ``layers``: one dict for K and one for V of each layer. ``total``: their sums, and
+            ``kv_type``: its name. ``layers``: one dict for K and one for V of each layer; ``kind`` says what it is: "gear", one of llama.cpp's types, or
+            "f16: " and why. ``groups``: the layers by kind, those among them that have a recurrent state or read another layer's cache, and
+            ``growth_share``, their share of what the context adds with each token (windows and states do not grow). ``summary``: the same in one line.
+            ``total``: sums over the layers, and
 
             - ``bytes``: memory of the whole cache, reserved for the full context: tiles, exact rows and bookkeeping; ``bytes_used``: the same without
               tiles that hold nothing; ``bytes_f16``: what plain f16 would take.
@@ -270,16 +294,30 @@ class Llama(llama_cpp.Llama):
               nats or V's share. docs/accuracy.md says what they mean for the text.
             - ``n_stay_exact``: sides of layers where a head's error went over 2 nats (V: 0.8 of the size), so that their new rows stay f16
               (``stays_exact`` of each layer).
+            - ``state_bytes``: of the recurrent states of a hybrid, as llama.cpp allocates them.
+            - ``growth_share_lost``: the share of what the context adds that stays f16 though it was not asked for.
             - ``codec_bits_per_element``, ``codec_bytes``: only with a codec in Python, whose tiles are kept as f16 and save no memory (``kind`` says so
               for each layer, and all other figures are of that memory): what the codec would store, for each number and for all rows packed now, from
               the mean of the tiles that it coded so far.
         """
         self._require_open()
+        layers = self._layer_stats()
+        return stats.summarize(self.kv_type, layers, self._device.scratch_bytes() if self._device else 0, self.info, self._allocation)
+
+    def _layer_stats(self) -> list[dict[str, Any]]:
         if self._device:
-            stores = stats.gear_layers(self._device.stats(), self._device.codec)
-            return stats.summarize(self.kv_type, stores, self._device.scratch_bytes())
-        layers = () if self._given.get("vocab_only") else self.info.layers
-        return stats.summarize(self.kv_type, stats.llama_layers(self.kv_type, layers, self.n_ctx(), self.n_tokens), 0)
+            device = self._device
+            return stats.gear_layers(device.stats(), self.kv_type, self.info, self._allocation, codec=device.codec, operation=device.other_use)
+        return [] if self._given.get("vocab_only") else stats.llama_layers(self.kv_type, self.info, self._allocation, self.n_tokens)
+
+    def _layer_groups(self) -> list[allocation.LayerGroup]:
+        return allocation.group_layers([(layer["il"], layer["kind"], layer["bytes"]) for layer in self._layer_stats()], self.info, self._allocation)
+
+    @property
+    def has_small_windows(self) -> bool:
+        """Whether layers have sliding windows with fewer cells than the context: then llama.cpp cannot shift it, and it can go back to an earlier token
+        only as far as those cells reach."""
+        return any(self._allocation.cells(layer) < self._allocation.n_ctx for layer in self.info.cached_layers)
 
     @property
     def has_chat_template(self) -> bool:
@@ -298,7 +336,8 @@ class Llama(llama_cpp.Llama):
             raise ConfigError(f"cannot drop {n_discard} tokens after the first {n_keep}: there are {self.n_tokens}")
         memory = llama_cpp.llama_get_memory(self.ctx)
         if not memory or not llama_cpp.llama_memory_can_shift(memory):
-            raise UnsupportedError(f"llama.cpp cannot shift the KV cache of this {self.info.arch} model; begin a new context instead")
+            instead = "keep windows whole with swa_full=True, or begin a new context" if self.has_small_windows else "begin a new context instead"
+            raise UnsupportedError(f"llama.cpp cannot shift the KV cache of this {self.info.arch} model; {instead}")
         end = n_keep + n_discard
         self._ctx.kv_cache_seq_rm(0, n_keep, end)
         llama_cpp.llama_memory_seq_add(memory, 0, end, self.n_tokens, -n_discard)

@@ -100,6 +100,9 @@ class Scheduler:
         self._memory = llama_cpp.llama_get_memory(llm.ctx)
         # A recurrent state cannot be cut to a common prefix.
         self._can_cut = not (llama_cpp.llama_model_is_recurrent(llm.model) or llama_cpp.llama_model_is_hybrid(llm.model))
+        # Cells of a sliding window that two sequences hold are not given back when both have moved on: there a prompt takes over what a finished
+        # sequence left, but none that goes on.
+        self._can_share = self._can_cut and not llm.has_small_windows
         self._cells = CellLedger(llm.n_ctx())
         self._most_age = TURNS * llm.n_ctx() if llm.kv_type.gear else math.inf
         self._slots = [_Slot(i) for i in range(n_slot)]
@@ -228,17 +231,17 @@ class Scheduler:
 
     def _is_being_read(self, sequence: Sequence) -> bool:
         """Whether a running sequence's prompt, when it is in the cache, will have much more in common with this one than anything has now."""
-        if not self._can_cut:
+        if not self._can_share:
             return False
         now = max(self._n_shareable(slot, sequence) for slot in self._slots)
         return any(slot.n_rest > 1 and _common(slot.sequence.tokens, sequence.tokens) >= now + WORTH_WAITING for slot in self._running if slot.sequence)
 
     def _prepare(self, idle: list[_Slot], sequence: Sequence) -> _Slot:
         """An idle slot that holds the longest prefix of the sequence that is in the cache (all but its last token, whose logits are wanted)."""
-        donor = max(self._slots, key=lambda slot: self._n_shareable(slot, sequence))
+        donor = max(self._slots if self._can_share else idle, key=lambda slot: self._n_shareable(slot, sequence))
         n = min(self._n_shareable(donor, sequence), len(sequence.tokens) - 1)
         empty_first = sorted(idle, key=lambda slot: (bool(slot.tokens), slot.order))
-        if n and donor in idle and (2 * n >= len(donor.tokens) or len(idle) == 1):
+        if n and donor in idle and (2 * n >= len(donor.tokens) or len(idle) == 1 or not self._can_share):
             self._cut(donor, n)
             return donor
         target = empty_first[0] if empty_first[0] is not donor or not n else empty_first[1]
@@ -253,7 +256,8 @@ class Scheduler:
         """Tokens of a sequence's prefix whose cells a slot can share."""
         if not self._can_cut or not slot.cells or self._cells.age(slot.cells[0]) > self._most_age:
             return 0
-        return _common(slot.tokens, sequence.tokens)
+        n = _common(slot.tokens, sequence.tokens)
+        return n if free_cells.can_go_back(self._context, slot.id, min(n, len(sequence.tokens) - 1)) else 0
 
     def _evict(self, spared: _Slot | None = None) -> bool:
         """Give up the finished sequence that ended longest ago. Whether there was one."""

@@ -44,6 +44,7 @@ class GearModelSettings(ModelSettings):
 
     kv_type: str | list[str] | dict[str, Any] = Field(default="gear", description="The KV cache, as in gearcpp.Llama.")
     parallel: int = Field(default=4, ge=1, description="Most sequences decoded together; they share the context's cells.")
+    swa_full: bool = Field(default=False, description="Sliding windows get as many cells as the context, so that requests share prefixes there, too.")
     pooling: int | None = Field(default=None, description="How token embeddings become one: llama.cpp's number; the model's own, or the mean, if not set.")
     logits_all: bool = Field(default=False, description="Not supported, and not needed for log-probabilities.")
     verbose: bool = Field(default=False, description="llama.cpp's log on stderr.")

@@ -153,6 +153,32 @@ int64_t load_side(gear::host_side & side, const gear::input & in, const int64_t 
 
 extern "C" {
 
+int64_t gear_side_bytes(const gear_config * config, const gear_layer * layer, gear_side side, int64_t n_cell, int32_t n_stream, int32_t n_ubatch,
+                        int32_t * kind) {
+    int64_t bytes = -1;
+    gear::guarded([&] {
+        require(config, "config");
+        require(layer, "layer");
+        const gear::cache_method method(*config);
+        gear::checked_side(side);
+        const gear::store_shape k = method.shape(layer->il, GEAR_SIDE_K, layer->n_head_kv, layer->d_head_k, n_cell, n_stream, n_ubatch);
+        const int               d_v = layer->d_head_v > 0 ? layer->d_head_v : layer->d_head_k; // latent attention has no V to ask for
+        const gear::store_shape v   = method.shape(layer->il, GEAR_SIDE_V, layer->n_head_kv, d_v, n_cell, n_stream, n_ubatch);
+        gear::check_shape(k);
+        gear::check_shape(v);
+        const gear::store_shape & shape  = side == GEAR_SIDE_K ? k : v;
+        // In the order in which a device decides (plugin/cpu/device.cpp).
+        const bool                is_f16 = method.is_f16(), is_window = method.is_window(n_cell, n_ubatch);
+        const bool                has_heads = is_f16 || is_window || method.has_heads(k.d_head, v.d_head);
+        const bool                is_packed = !is_f16 && !is_window && has_heads && method.gains(k, v);
+        if (kind) {
+            *kind = is_packed && !method.is_f16(side) ? 0 : is_packed || is_f16 ? 3 : has_heads ? 1 : 2;
+        }
+        bytes = (int64_t) (is_packed ? method.bytes(shape) : gear::row_bytes(shape) * (size_t) (n_cell * n_stream));
+    });
+    return bytes;
+}
+
 gear_cache * gear_cache_new(const gear_cache_params * params) {
     gear_cache * cache = nullptr;
     gear::guarded([&] {

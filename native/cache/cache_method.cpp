@@ -3,6 +3,7 @@
 #include "cache/gear_codec.h"
 #include "codec/codec.h"
 #include "common/settings.h"
+#include "store/store_parts.h"
 
 namespace gear {
 
@@ -24,6 +25,14 @@ bool cache_method::is_window(int64_t n_cell, int n_ubatch) const {
         return false;
     }
     return n_cell <= (int64_t) config_.n_sink + config_.n_tail + n_ubatch + 2 * config_.tile;
+}
+
+bool cache_method::gains(const store_shape & k, const store_shape & v) const {
+    if (settings::packs_small_caches() || callback_) {
+        return true;
+    }
+    const auto f16_bytes = [](const store_shape & shape) { return row_bytes(shape) * (size_t) (shape.n_cell * shape.n_stream); };
+    return bytes(k) + bytes(v) < f16_bytes(k) + f16_bytes(v);
 }
 
 store_shape cache_method::shape(int il, gear_side side, int n_head, int d_head, int64_t n_cell, int n_stream, int n_ubatch) const {

@@ -27,6 +27,8 @@ class cache_method {
     bool has_heads(int d_head_k, int d_head_v) const; // heads of these sizes can be packed
     // The pool of exact rows would hold all of a cache with so few cells.
     bool is_window(int64_t n_cell, int n_ubatch) const;
+    // Packed, the sides of a layer take less memory than as f16. Not asked where a caller's codec packs, which saves none.
+    bool gains(const store_shape & k, const store_shape & v) const;
 
     store_shape shape(int il, gear_side side, int n_head, int d_head, int64_t n_cell, int n_stream, int n_ubatch) const;
     side_codec  codec(const store_shape & shape) const;

@@ -102,6 +102,11 @@ typedef struct gear_layer {
     int32_t d_head_v;  // channels of a V head; 0 on a device: latent attention (MLA), V is the first channels of K
 } gear_layer;
 
+// What one side of a layer takes in host memory when llama.cpp makes it with n_cell cells for each of n_stream streams, and n_ubatch rows are written at
+// once at most: a prediction, nothing is made. kind (may be NULL): what it becomes, as in gear_store_stats. -1: see gear_last_error.
+GEAR_API int64_t gear_side_bytes(const gear_config * config, const gear_layer * layer, gear_side side, int64_t n_cell, int32_t n_stream, int32_t n_ubatch,
+                                 int32_t * kind);
+
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // The codec alone: one tile in memory
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -305,6 +310,8 @@ GEAR_API void *        gear_device_ggml(gear_device * device, int32_t i);
 GEAR_API const char *  gear_device_error(gear_device * device, gear_status * status);
 // Statistics of every store of every live context on this device: writes up to n entries, returns how many there are.
 GEAR_API int32_t       gear_device_stats(gear_device * device, gear_store_stats * stats, int32_t n);
+// The name of the operation that GEAR does not cover and llama.cpp uses on the cache of layer il, "" for none. Valid until the thread's next call.
+GEAR_API const char *  gear_device_other_use(gear_device * device, int32_t il);
 // The device of a process whose llama.cpp loaded this library as a backend (GGML_BACKEND_PATH, ggml_backend_load); NULL: none did. Not to be freed.
 GEAR_API gear_device * gear_plugin_device(void);
 // Scratch of attention and packing, in bytes, over all contexts of the device.

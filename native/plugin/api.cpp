@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -129,6 +130,16 @@ int32_t gear_device_stats(gear_device * device, gear_store_stats * stats, int32_
         count = (int32_t) all.size();
     });
     return count;
+}
+
+const char * gear_device_other_use(gear_device * device, int32_t il) {
+    static thread_local std::string name;
+    name.clear();
+    gear::guarded([&] {
+        require(device, "device is NULL");
+        name = device->devices.other_use(il);
+    });
+    return name.c_str();
 }
 
 int64_t gear_device_scratch_bytes(gear_device * device) {

@@ -330,6 +330,19 @@ kv_session * kv_device::session_at(const void * data) {
     return found == sessions_.end() ? nullptr : *found;
 }
 
+std::string kv_device::other_use(int il) {
+    std::lock_guard<std::mutex> none_goes(buffers_mutex_);
+    std::string                 name;
+    for (kv_buffer * buffer : buffers_) {
+        locked_use(buffer->memory(), [&] {
+            if (name.empty()) {
+                name = buffer->other_use(il);
+            }
+        });
+    }
+    return name;
+}
+
 std::vector<gear_store_stats> kv_device::stats() {
     std::lock_guard<std::mutex>   none_goes(buffers_mutex_);
     std::vector<gear_store_stats> all;

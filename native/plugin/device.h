@@ -66,6 +66,7 @@ class kv_device {
     void                          add(kv_buffer * buffer);
     void                          remove(kv_buffer * buffer);
     std::vector<gear_store_stats> stats();
+    std::string                   other_use(int il); // on a layer's cache, in any context: an operation that GEAR does not cover, "" for none
     void                          add(kv_session * session);
     void                          remove(kv_session * session);
     kv_session *                  session_at(const void * data); // the one whose window the address is in, nullptr: none

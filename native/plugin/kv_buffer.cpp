@@ -342,6 +342,19 @@ void kv_buffer::clear(uint8_t value) {
     memory_->clear(value);
 }
 
+std::string kv_buffer::other_use(int il) const {
+    const auto layer = layers_.find(il);
+    if (layer == layers_.end()) {
+        return {};
+    }
+    for (const auto & tensor : layer->second.side) {
+        if (tensor && !tensor->use.other.empty()) {
+            return tensor->use.other;
+        }
+    }
+    return {};
+}
+
 void kv_buffer::stats(std::vector<gear_store_stats> & out) {
     for (const auto & entry : layers_) {
         decide(entry.first);

@@ -78,7 +78,8 @@ class kv_buffer {
     // Decide what the layer becomes, once. Throws gear::error.
     void decide(int il);
 
-    void stats(std::vector<gear_store_stats> & out);
+    void        stats(std::vector<gear_store_stats> & out);
+    std::string other_use(int il) const; // an operation on the layer's cache that GEAR does not cover, "" for none
 
     // A ggml buffer around a new kv_buffer. Throws gear::error.
     static abi::buffer * make(kv_device & device, size_t size);

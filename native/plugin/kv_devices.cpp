@@ -84,6 +84,16 @@ std::vector<gear_store_stats> kv_devices::stats() {
     return all;
 }
 
+std::string kv_devices::other_use(int il) {
+    std::string name;
+    for (const auto & device : each_) {
+        if (name.empty()) {
+            name = device->other_use(il);
+        }
+    }
+    return name;
+}
+
 int64_t kv_devices::scratch_bytes() const {
     int64_t sum = 0;
     for (const auto & device : each_) {

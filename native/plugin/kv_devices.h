@@ -26,6 +26,7 @@ class kv_devices {
 
     kept_error                    take_error(); // of any of them; status GEAR_OK when there was none
     std::vector<gear_store_stats> stats();
+    std::string                   other_use(int il); // on a layer's cache: an operation that GEAR does not cover, "" for none
     int64_t                       scratch_bytes() const;
 
     // The names of ggml's devices that are wrapped when the caller names none, with commas between them.

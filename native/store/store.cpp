@@ -47,8 +47,6 @@ size_t table_bytes(const store_shape & shape, int64_t n_row) {
     return shape.n_stream * of_stream + n_tile * (sizeof(int32_t) + sizeof(candidate));
 }
 
-namespace {
-
 void check_shape(const store_shape & shape) {
     if (shape.n_head < 1 || shape.d_head < 1 || shape.n_cell < 1 || shape.n_cell > INT32_MAX || shape.n_stream < 1 || shape.tile < 1 || shape.n_tail < 0 ||
         shape.n_sink < 0 || shape.n_ubatch < 1) {
@@ -63,8 +61,6 @@ void check_shape(const store_shape & shape) {
              name_of(shape), shape.n_head, shape.d_head, (long long) shape.n_cell, shape.n_stream);
     }
 }
-
-} // namespace
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // Making it

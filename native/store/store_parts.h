@@ -47,6 +47,8 @@ struct pack_scratch {
     uint8_t * codec;
 };
 
+// Throws gear::error for a shape that no store has; the sizes below are of those that it lets pass.
+void    check_shape(const store_shape & shape);
 // Sizes of a store of this shape.
 int64_t n_row_of(const store_shape & shape, bool has_codec, int64_t n_ubatch); // of a stream's pool
 size_t  row_bytes(const store_shape & shape);

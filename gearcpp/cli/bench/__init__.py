@@ -64,6 +64,7 @@ def bench(
     n_depth: Annotated[str, typer.Option("-d", "--n-depth", metavar="LIST", help="Tokens in the cache before a test.")] = "0",
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Of every test.")] = 5,
     threads: options.Threads = None,
+    swa_full: options.SwaFull = False,
     n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size", min=1, metavar="N", help="Tokens of a batch.")] = 512,
     output: Annotated[Output, typer.Option("-o", "--output", help="Format.")] = Output.md,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw t/s against depth (needs matplotlib).")] = None,
@@ -82,7 +83,7 @@ def bench(
         typer.echo(_op.report(_op.run(types, heads, depths, repetitions, threads), heads, output.value), nl=False)
         return
 
-    plan = _steps.Plan(_numbers(n_prompt), _numbers(n_gen), depths, repetitions, threads, n_ubatch)
+    plan = _steps.Plan(_numbers(n_prompt), _numbers(n_gen), depths, repetitions, threads, n_ubatch, swa_full)
     if not plan.tests:
         raise ConfigError("there is nothing to measure: -p and -n are both 0")
     if plot:

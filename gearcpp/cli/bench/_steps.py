@@ -31,6 +31,7 @@ class Plan:
         repetitions: of every test.
         n_threads: None: the physical cores.
         n_ubatch: tokens of a batch.
+        swa_full: sliding windows have as many cells as the context.
     """
 
     n_prompt: Sequence[int]
@@ -39,6 +40,7 @@ class Plan:
     repetitions: int = 5
     n_threads: int | None = None
     n_ubatch: int = 512
+    swa_full: bool = False
 
     @property
     def tests(self) -> list[tuple[int, int]]:
@@ -105,7 +107,7 @@ class Runner:
         from gearcpp.runtime.context import Batch
 
         self.kv = kv
-        self.llm = load_model(path, kv, n_ctx=plan.n_ctx, n_threads=plan.n_threads, n_batch=plan.n_ubatch, verbose=is_verbose())
+        self.llm = load_model(path, kv, n_ctx=plan.n_ctx, n_threads=plan.n_threads, n_batch=plan.n_ubatch, swa_full=plan.swa_full, verbose=is_verbose())
         self._memory = llama_cpp.llama_get_memory(self.llm.ctx)
         self._batch = Batch(self.llm.n_batch)
         self._random = np.random.default_rng(1)  # every cache type sees the same tokens
@@ -119,9 +121,14 @@ class Runner:
         """Make the cache hold exactly `depth` tokens."""
         import llama_cpp
 
+        from gearcpp.runtime.free_cells import can_go_back
+
         if depth < self._depth:
-            llama_cpp.llama_memory_seq_rm(self._memory, -1, depth, -1)
-            self._depth = depth
+            # What has no way back, a recurrent state or a window that has moved on, is filled again.
+            goes_back = can_go_back(self.llm.ctx, 0, depth) and llama_cpp.llama_memory_seq_rm(self._memory, 0, depth, -1)
+            if not goes_back:
+                llama_cpp.llama_memory_clear(self._memory, True)
+            self._depth = depth if goes_back else 0
         self._decode(depth - self._depth, self.llm.n_batch)
 
     def seconds(self, n_prompt: int, n_gen: int) -> float:

@@ -52,7 +52,10 @@ cache_kind cpu_device::kind_of(const cache_layer & layer) const {
         return cache_kind::f16_window;
     }
     const store_shape shape_k = shape(*k), shape_v = shape(v ? *v : *k);
-    return shape_k.n_head > 0 && shape_v.n_head > 0 && method().has_heads(shape_k.d_head, shape_v.d_head) ? cache_kind::gear : cache_kind::f16_other_use;
+    if (shape_k.n_head == 0 || shape_v.n_head == 0 || !method().has_heads(shape_k.d_head, shape_v.d_head)) {
+        return cache_kind::f16_other_use;
+    }
+    return method().gains(shape_k, shape_v) ? cache_kind::gear : cache_kind::f16_window;
 }
 
 } // namespace gear

@@ -28,6 +28,7 @@ from ..errors import ConfigError, DataError, GearError, UnsupportedError
 from ..model_info import read_model_info
 from ..runtime.context import Batch, Context, Model
 from ..runtime.low_level import context_params, model_params
+from ..runtime.threads import usable_cpus
 from .fidelity import F32, I32, Summary, Tally, compare
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ class _Context(Context):
 
     def __init__(self, model: Model, spec: CacheSpec, settings: Settings) -> None:
         self.spec, self.n_ctx = spec, settings.n_ctx
-        n_threads = settings.n_threads or _n_cpu()
+        n_threads = settings.n_threads or usable_cpus()
         params = context_params(
             spec.kv_type,
             n_ctx=settings.n_ctx,
@@ -244,10 +245,6 @@ class _Context(Context):
         device, kv_type = self.model.device, self.spec.kv_type
         layers = gear_layers(device.stats(), device.codec) if device else llama_layers(kv_type, self.model.info.layers, self.n_ctx, n_written)
         return summarize(kv_type, layers, device.scratch_bytes() if device else 0)
-
-
-def _n_cpu() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ def check_sampling(given: Mapping[str, Any]) -> None:
         value = given.get(name)
         if value is None:
             continue
+        if name == "repeat_penalty" and value == 0:
+            raise ConfigError("repeat_penalty 0 would make tokens that were there before certain; 1 is off")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
             bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}" if math.isfinite(low) else "that is finite"
             raise ConfigError(f"{name} must be a number {bounds}, not {value!r}")
@@ -116,3 +119,66 @@ def plain_response_format(form: Any) -> Any:
     if kind not in ("text", "json_object"):
         raise ConfigError(f"response_format.type must be text, json_object or json_schema, not {kind!r}")
     return form
+
+
+def chosen_logprobs(logprobs: Any, top_logprobs: Any) -> int | None:
+    """top_logprobs as llama-cpp-python's chat handlers follow it: they give no log-probabilities at all where only ``logprobs`` is set.
+
+    Raises:
+        ConfigError: top_logprobs without logprobs, or out of range.
+    """
+    if top_logprobs is not None and (isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or top_logprobs < 0):
+        raise ConfigError(f"top_logprobs must be a whole number of at least 0, not {top_logprobs!r}")
+    if top_logprobs and not logprobs:
+        raise ConfigError("top_logprobs does nothing without logprobs=True")
+    return (top_logprobs or 0) if logprobs else None
+
+
+def check_schemas(given: Mapping[str, Any], verbose: bool) -> None:
+    """Refuse a schema that no grammar can be made of (llama-cpp-python would take any JSON for it), and two grammars for one answer.
+
+    Args:
+        given: of `create_chat_completion`, with tools, tool_choice and response_format as the functions above leave them.
+        verbose: whether the grammar is printed.
+
+    Raises:
+        ConfigError: as said.
+    """
+    from llama_cpp import LlamaGrammar
+
+    schemas = {}
+    form, choice = given.get("response_format") or {}, given.get("tool_choice")
+    if form.get("type") == "json_object":
+        schemas["response_format"] = form.get("schema")
+    if isinstance(choice, Mapping):
+        name = choice["function"]["name"]
+        schemas[f"the tool {name!r}"] = next(t["function"].get("parameters") for t in given["tools"] if t["function"]["name"] == name)
+    if len(schemas) + (given.get("grammar") is not None) > 1:
+        raise ConfigError(f"an answer follows one grammar, but there are several: {', '.join((*schemas, *(['grammar'] if given.get('grammar') else [])))}")
+    for what, schema in schemas.items():
+        if schema is None:
+            continue
+        try:
+            LlamaGrammar.from_json_schema(json.dumps(schema), verbose=verbose)
+        except Exception as error:  # of many kinds, from KeyError to JSONDecodeError
+            raise ConfigError(f"no grammar can be made of the schema of {what}: {type(error).__name__}: {error}") from error
+
+
+def check_grammar(model: Any, grammar: Any) -> None:
+    """Raise ConfigError for a grammar that llama.cpp cannot read: llama_cpp.Llama would crash on it.
+
+    Args:
+        model: llama.cpp's, of the vocabulary that the grammar is for.
+        grammar: a llama_cpp.LlamaGrammar, or None.
+    """
+    import llama_cpp
+
+    if grammar is None:
+        return
+    if not isinstance(grammar, llama_cpp.LlamaGrammar):
+        raise ConfigError(f"grammar must be a llama_cpp.LlamaGrammar, as LlamaGrammar.from_string(text) makes one, not {type(grammar).__name__}")
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    sampler = llama_cpp.llama_sampler_init_grammar(vocabulary, grammar._grammar.encode("utf-8"), grammar._root.encode("utf-8"))
+    if not sampler:
+        raise ConfigError("llama.cpp cannot read the grammar; what is wrong with it stands on stderr")
+    llama_cpp.llama_sampler_free(sampler)

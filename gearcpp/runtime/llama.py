@@ -27,20 +27,23 @@ from ..cache.kv_type import KVType, KVTypeLike, for_sequences, normalize_kv_type
 from ..cache.placement import Placement, choose_placement
 from ..cache.python_codec import Codec, codec_of
 from ..config import suggest
-from ..errors import ClosedError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
+from ..errors import ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
 from ..model_info import NO_CACHE, ModelInfo, read_model_info
 from . import free_cells, sessions
 from .arguments import parent_arguments, taken
-from .asked import check_sampling, chosen_tools, plain_messages, plain_response_format
+from .asked import check_grammar, check_sampling, check_schemas, chosen_logprobs, chosen_tools, plain_messages, plain_response_format
+from .closed import CLOSED
 from .llama_log import LlamaLog
 from .prompt_cache import PackedCache
+from .turns import Processors, Turns
 
-# The parent redirects stdout and stderr of the whole process while it loads, and the log callback is one for the process: one construction at a time.
+# The parent redirects stdout and stderr of the process while it loads, and the log callback is one for the process: one construction at a time.
 _construction = threading.RLock()
 
 _PARENT = llama_cpp.Llama  # now: programs may put gearcpp.Llama in its place later
 _COMPLETION = inspect.signature(_PARENT.create_completion)
 _CHAT = inspect.signature(_PARENT.create_chat_completion)
+_GENERATE = inspect.signature(_PARENT.generate)
 
 
 class Llama(llama_cpp.Llama):
@@ -57,6 +60,7 @@ class Llama(llama_cpp.Llama):
     - What cannot be done is refused: a LoRA file that is not there, a sampling parameter out of range, a tool that must be called and is not there.
     - `reset` empties the cache at once; what it held leaves no trace in later answers.
     - ``n_ctx`` is rounded up to a multiple of 256, as llama.cpp does itself.
+    - Threads that are not asked for are no more than the processors that the process may use; ``n_threads`` alone holds for prompts, too.
     - After `close`, use raises ClosedError; the parent crashes.
     - With a ``draft_model`` logits of the whole context are kept (n_ctx x n_vocab x 4 bytes, paid for as tokens come); the parent fails past n_batch.
     - `save_state` keeps logits only with ``logits_all``.
@@ -85,11 +89,14 @@ class Llama(llama_cpp.Llama):
     lenient = False  # whether unknown arguments are ignored, as by the parent: for frameworks that pass what they like
 
     def __init__(self, model_path: str | os.PathLike[str], *, kv_type: KVTypeLike = "gear", codec: Codec | None = None, **arguments: Any) -> None:
+        self._turns = Turns()
         arguments = taken({"model_path": model_path, **arguments}, lenient=self.lenient)
         model_path = arguments.pop("model_path")
         self._given = {"model_path": model_path, "kv_type": kv_type, **({"codec": codec} if codec else {}), **arguments}
         self.kv_type: KVType = normalize_kv_type(kv_type)
         self.info: ModelInfo = read_model_info(model_path, arguments.get("kv_overrides"))
+        if (base := arguments.get("rope_freq_base")) and base != self.info.rope_freq_base:  # frameworks give 10000 unasked
+            warnings.warn(f"rope_freq_base={base:g} takes the place of the model's own {self.info.rope_freq_base:g}; 0 keeps that", stacklevel=2)
         has_cache = not arguments.get("vocab_only") and self.info.arch not in NO_CACHE
         placement = choose_placement(arguments, self.info.n_layer) if has_cache and self.kv_type.gear else Placement()
         given = {"model_path": model_path, **arguments}
@@ -152,6 +159,9 @@ class Llama(llama_cpp.Llama):
             self._present_sampler.close()
         self._present_sampler = sampler
 
+    def _drop_sampler(self) -> None:
+        self._sampler = None  # the parent's `sample` would go on with it, whatever it is asked for
+
     def _check_chat_format(self, name: str) -> None:
         from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
 
@@ -201,7 +211,7 @@ class Llama(llama_cpp.Llama):
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens, as in llama_cpp.Llama; a failing cache raises its own error."""
-        with self._explained():
+        with self._turns.step(), self._explained():
             super().eval(tokens)
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
@@ -219,7 +229,7 @@ class Llama(llama_cpp.Llama):
                 raise ConfigError(f"text {i} to embed is empty: this model's tokenizer makes no token of it")
             if n_tokens > self.n_batch:  # with truncate=False the parent refuses it
                 warnings.warn(f"text {i} to embed has {n_tokens} tokens: only the first {self.n_batch} count (n_batch)", stacklevel=2)
-        with self._explained():
+        with self._turns.step(), self._explained():
             return super().embed(input, *args, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------------------------------------
@@ -233,7 +243,30 @@ class Llama(llama_cpp.Llama):
         check_sampling(given)
         if given.get("suffix"):
             raise ConfigError("suffix: llama-cpp-python puts token 0 where a model's own infill tokens belong; write those into the prompt")
-        return super().create_completion(*args, **kwargs)
+        if given.get("stream"):
+            return super().create_completion(*args, **kwargs)
+        with self._turns.answer():
+            return super().create_completion(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in llama_cpp.Llama; BusyError when another answer is begun before this one has ended. An exception of a logits processor is raised."""
+        given = dict(_GENERATE.bind(self, *args, **kwargs).arguments)
+        given.pop("self")
+        check_grammar(self.model, given.get("grammar"))
+        processors = given["logits_processor"] = Processors(given["logits_processor"]) if given.get("logits_processor") else None
+        return self._turns.take(super().generate(**given), processors, self._drop_sampler, may_send=bool(self._logits_all))
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        """As in llama_cpp.Llama; an exception of a logits processor is raised."""
+        processors = kwargs.get("logits_processor")
+        if self._sampler is None:
+            check_grammar(self.model, kwargs.get("grammar"))
+        if not processors or isinstance(processors, Processors):
+            return super().sample(*args, **kwargs)
+        kept = kwargs["logits_processor"] = Processors(processors)
+        token = super().sample(*args, **kwargs)
+        kept.raise_failure()
+        return token
 
     @functools.wraps(_PARENT.create_chat_completion)
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -246,6 +279,8 @@ class Llama(llama_cpp.Llama):
             given["messages"] = plain_messages(given["messages"])
             given["tools"], given["tool_choice"] = chosen_tools(given.get("tools"), given.get("tool_choice"))
             given["response_format"] = plain_response_format(given.get("response_format"))
+            check_schemas(given, self.verbose)
+        given["top_logprobs"] = chosen_logprobs(given.get("logprobs"), given.get("top_logprobs"))
         return super().create_chat_completion(**given)
 
     # -----------------------------------------------------------------------------------------------------------------------------------------
@@ -447,23 +482,10 @@ class Llama(llama_cpp.Llama):
         if self._stack is not None:
             self._sampler = None
             super().close()
-            self._ctx = self._model = self._batch = self.tokenizer_ = _CLOSED
+            self._ctx = self._model = self._batch = self.tokenizer_ = CLOSED
         if self._device:
             self._device.close()  # where the parent failed before it took the device over
 
     def _require_open(self) -> None:
-        if self._stack is None or getattr(self, "_ctx", _CLOSED) is _CLOSED:
-            raise _CLOSED.error()
-
-
-class _Closed:
-    """Stands in for what was freed: every use of it is an error instead of a crash."""
-
-    def error(self) -> ClosedError:
-        return ClosedError("this Llama was closed; make a new one")
-
-    def __getattr__(self, name: str) -> Any:
-        raise self.error()
-
-
-_CLOSED: Any = _Closed()
+        if self._stack is None or getattr(self, "_ctx", CLOSED) is CLOSED:
+            raise CLOSED.error()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 from chat_models import write_chat_model
 from llama_cpp import LlamaGrammar, LogitsProcessorList
@@ -305,6 +306,22 @@ def test_log_probabilities_are_given_or_refused(chat_model: Path) -> None:
     for wrong in ({"top_logprobs": 2}, {"logprobs": True, "top_logprobs": -1}, {"logprobs": True, "top_logprobs": "2"}):
         with pytest.raises(ConfigError, match="top_logprobs"):
             llm.create_chat_completion(message, max_tokens=2, **wrong)
+    llm.close()
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_log_probabilities_of_an_echoed_prompt_are_those_of_its_tokens(chat_model: Path, bos: bool) -> None:
+    """Without BOS the parent gives each token what was predicted after it."""
+    llm = Llama(chat_model, logits_all=True, kv_overrides={"tokenizer.ggml.add_bos_token": bos}, **SMALL)
+    logprobs = llm("One two", max_tokens=3, echo=True, logprobs=2, temperature=0)["choices"][0]["logprobs"]
+    tokens = [int(token) for token in llm.input_ids[: llm.n_tokens]] + llm._turns.tokens[-1:]
+    rows = llama_cpp.Llama.logits_to_logprobs(llm.scores[: len(tokens)])
+    wanted = [rows[i - 1][token] for i, token in enumerate(tokens) if i][int(bos) :]  # the first token that is shown has none
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["token_logprobs"][1:] == pytest.approx(wanted)
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == len(wanted) + 1
+    for value, token, top in list(zip(logprobs["token_logprobs"], logprobs["tokens"], logprobs["top_logprobs"], strict=True))[1:]:
+        assert top[token] == pytest.approx(value) and max(top.values()) <= 0
     llm.close()
 
 

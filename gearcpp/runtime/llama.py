@@ -34,6 +34,7 @@ from .arguments import parent_arguments, taken
 from .asked import check_grammar, check_sampling, check_schemas, chosen_logprobs, chosen_tools, plain_messages, plain_response_format
 from .closed import CLOSED
 from .llama_log import LlamaLog
+from .logprobs import align_echo
 from .prompt_cache import PackedCache
 from .turns import Processors, Turns
 
@@ -246,7 +247,10 @@ class Llama(llama_cpp.Llama):
         if given.get("stream"):
             return super().create_completion(*args, **kwargs)
         with self._turns.answer():
-            return super().create_completion(*args, **kwargs)
+            answer: Any = super().create_completion(*args, **kwargs)
+            if given.get("echo") and given.get("logprobs") is not None:
+                align_echo(self, answer, self._turns.tokens, given["logprobs"])
+            return answer
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in llama_cpp.Llama; BusyError when another answer is begun before this one has ended. An exception of a logits processor is raised."""

@@ -21,6 +21,7 @@ class Turns:
         self._answer = threading.RLock()
         self._step = threading.RLock()
         self._now: object = None
+        self.tokens: list[int] = []  # of the latest answer
 
     @contextmanager
     def answer(self) -> Iterator[None]:
@@ -54,6 +55,7 @@ class Turns:
                 with self._step:
                     if turn is None:
                         turn = self._now = object()
+                        self.tokens = []
                     elif turn is not self._now:
                         raise BusyError("another answer was begun before this one ended; finish one after the other, take a Llama each, or gearcpp serve")
                     try:
@@ -63,6 +65,7 @@ class Turns:
                     finally:
                         if processors is not None:
                             processors.raise_failure()
+                    self.tokens.append(token)
                 sent = yield token
                 if sent is not None and not may_send:
                     raise ConfigError("tokens that are sent into generate need logits_all=True")  # without it llama.cpp ends the process

@@ -295,6 +295,40 @@ def test_an_error_of_a_logits_processor_is_raised(chat_model: Path) -> None:
     llm.close()
 
 
+def test_biases_and_logits_processors_both_count(chat_model: Path) -> None:
+    """The parent uses neither where both are given."""
+    llm = Llama(chat_model, logits_all=True, **SMALL)
+
+    def only_two(input_ids: Any, logits: Any) -> Any:
+        kept = logits.copy()
+        kept[:] = -1e9
+        kept[[70, 71]] = 0, 1
+        return kept
+
+    def token(**given: Any) -> int:
+        llm("One", max_tokens=1, temperature=0, **given)
+        return llm._turns.tokens[-1]
+
+    both = LogitsProcessorList([only_two])
+    assert token(logits_processor=both) == 71
+    assert token(logits_processor=both, logit_bias={"70": 5}) == 70
+    assert token(logit_bias={72: 1e6}) == 72
+    assert len(both) == 1
+    llm.create_chat_completion([{"role": "user", "content": "One"}], max_tokens=1, temperature=0, logit_bias={70: 5}, logits_processor=both)
+    assert llm._turns.tokens[-1] == 70
+    for wrong in ({-1: 5}, {llm.n_vocab(): 5}, {"a": 5}, {70: "b"}, {70: float("nan")}, [70]):
+        with pytest.raises(ConfigError, match="logit_bias"):
+            token(logit_bias=wrong)
+    for wrong_sampling in ({"temp": -1}, {"tfs_z": 0.5}, {"penalize_nl": False}):
+        (name,) = wrong_sampling
+        with pytest.raises(ConfigError, match=name):
+            llm.generate([5], **wrong_sampling)
+        llm.eval([5])
+        with pytest.raises(ConfigError, match=name):
+            llm.sample(**wrong_sampling)
+    llm.close()
+
+
 def test_log_probabilities_are_given_or_refused(chat_model: Path) -> None:
     llm = Llama(chat_model, logits_all=True, **SMALL)
     message = [{"role": "user", "content": "One"}]

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 _ROLES = ("system", "user", "assistant", "tool", "function")
 _RANGES = {  # sampling parameter: least and most
     "temperature": (0.0, math.inf),
+    "temp": (0.0, math.inf),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
     "typical_p": (0.0, 1.0),
@@ -36,6 +37,8 @@ def check_sampling(given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} must be a number {bounds}, not {value!r}")
     if given.get("mirostat_mode") not in (None, 0, 1, 2):
         raise ConfigError(f"mirostat_mode must be 0 (off), 1 or 2, not {given['mirostat_mode']!r}")
+    if given.get("penalize_nl") is False:
+        raise ConfigError("penalize_nl=False: llama.cpp penalizes newlines as other tokens; leave it out")
     if given.get("tfs_z") not in (None, 1):
         raise ConfigError("tfs_z: llama.cpp has no tail-free sampling any more; leave it out, or use min_p")
 

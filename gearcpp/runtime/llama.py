@@ -36,7 +36,7 @@ from .closed import CLOSED
 from .llama_log import LlamaLog
 from .logprobs import align_echo
 from .prompt_cache import PackedCache
-from .turns import Processors, Turns
+from .turns import Processors, Turns, with_bias
 
 # The parent redirects stdout and stderr of the process while it loads, and the log callback is one for the process: one construction at a time.
 _construction = threading.RLock()
@@ -240,14 +240,16 @@ class Llama(llama_cpp.Llama):
     @functools.wraps(_PARENT.create_completion)
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in llama_cpp.Llama; parameters that nothing could follow are a ConfigError."""
-        given = _COMPLETION.bind(self, *args, **kwargs).arguments
+        given = dict(_COMPLETION.bind(self, *args, **kwargs).arguments)
+        given.pop("self")
         check_sampling(given)
         if given.get("suffix"):
             raise ConfigError("suffix: llama-cpp-python puts token 0 where a model's own infill tokens belong; write those into the prompt")
+        given["logits_processor"] = with_bias(given.pop("logit_bias", None), given.get("logits_processor"), self.n_vocab())
         if given.get("stream"):
-            return super().create_completion(*args, **kwargs)
+            return super().create_completion(**given)
         with self._turns.answer():
-            answer: Any = super().create_completion(*args, **kwargs)
+            answer: Any = super().create_completion(**given)
             if given.get("echo") and given.get("logprobs") is not None:
                 align_echo(self, answer, self._turns.tokens, given["logprobs"])
             return answer
@@ -256,6 +258,7 @@ class Llama(llama_cpp.Llama):
         """As in llama_cpp.Llama; BusyError when another answer is begun before this one has ended. An exception of a logits processor is raised."""
         given = dict(_GENERATE.bind(self, *args, **kwargs).arguments)
         given.pop("self")
+        check_sampling(given)
         check_grammar(self.model, given.get("grammar"))
         processors = given["logits_processor"] = Processors(given["logits_processor"]) if given.get("logits_processor") else None
         return self._turns.take(super().generate(**given), processors, self._drop_sampler, may_send=bool(self._logits_all))
@@ -264,6 +267,7 @@ class Llama(llama_cpp.Llama):
         """As in llama_cpp.Llama; an exception of a logits processor is raised."""
         processors = kwargs.get("logits_processor")
         if self._sampler is None:
+            check_sampling(kwargs)
             check_grammar(self.model, kwargs.get("grammar"))
         if not processors or isinstance(processors, Processors):
             return super().sample(*args, **kwargs)

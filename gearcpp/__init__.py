@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .cache.kv_type import KVType, normalize_kv_type
     from .config import PRESETS, GearConfig
     from .convert import convert_model
-    from .errors import AbiError, ClosedError, CodecError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
+    from .errors import AbiError, BusyError, ClosedError, CodecError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
     from .model_info import ModelInfo, read_model_info
     from .runtime.llama import Llama
     from .runtime.low_level import context_params, model_params
@@ -30,7 +30,9 @@ __path__ = _extend_path(__path__, __name__)
 # there for Ctrl-C from the first moment on.
 _LAZY = {
     **dict.fromkeys(("PRESETS", "GearConfig"), "config"),
-    **dict.fromkeys(("AbiError", "ClosedError", "CodecError", "ConfigError", "DataError", "GearError", "OutOfMemoryError", "UnsupportedError"), "errors"),
+    **dict.fromkeys(
+        ("AbiError", "BusyError", "ClosedError", "CodecError", "ConfigError", "DataError", "GearError", "OutOfMemoryError", "UnsupportedError"), "errors"
+    ),
     "GearDiskCache": "runtime.prompt_cache",
     "GearRAMCache": "runtime.prompt_cache",
     "GearState": "runtime.sessions",
@@ -47,6 +49,7 @@ _LAZY = {
 __all__ = [
     "PRESETS",
     "AbiError",
+    "BusyError",
     "ClosedError",
     "CodecError",
     "ConfigError",

@@ -35,6 +35,10 @@ class ClosedError(GearError, RuntimeError):
     """The object was closed and cannot be used any more."""
 
 
+class BusyError(GearError, RuntimeError):
+    """Another answer took the place of this one: a `Llama` gives one at a time."""
+
+
 # gear_status of native/include/gearcpp.h
 _BY_STATUS: dict[int, type[GearError]] = {
     1: ConfigError,

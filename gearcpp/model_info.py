@@ -188,6 +188,11 @@ class ModelInfo:
         """Whether the model brings a chat template."""
         return "tokenizer.chat_template" in self.metadata
 
+    @property
+    def rope_freq_base(self) -> float:
+        """The base of RoPE that the model was trained with."""
+        return float(self.metadata.get(f"{self.arch}.rope.freq_base", 10000.0))  # llama.cpp's default, too
+
     def check_gear(self) -> None:
         """Raise UnsupportedError when a GEAR cache cannot serve this family, naming it and what to do."""
         if self.arch in _RECURRENT:

@@ -47,6 +47,25 @@ def test_the_cache_of_a_prebuilt_llama_cpp_is_gear(build: str, interface: str, b
     assert agrees > length / 4, row.text  # a model of six million parameters soon comes to words that are as likely as others
 
 
+def test_the_tables_of_the_readme_and_of_the_docs_agree(builds: ModuleType, tmp_path: Path) -> None:
+    root = BENCHMARKS.parent
+    long, short = (builds.between_marks((root / page).read_text()) for page in ("docs/unmodified-programs.md", "README.md"))
+    rows = []
+    for line in long.splitlines()[2:]:
+        build, ggml, interface, verdict, cache, text = (cell.strip() for cell in line.strip("|").split("|"))
+        verdict, _, reason = verdict.partition(": ")
+        rows.append(builds.Row(build, verdict, ggml, interface, cache, text, reason))
+    assert builds.table(rows) == long
+    assert builds.short_table(rows) == short and len(short.splitlines()) > 4
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "".join(builds.MARKS) + "after\n")
+    builds.write_between_marks(page, "table\n")
+    assert page.read_text() == "before\n" + "table\n".join(builds.MARKS) + "after\n"
+    page.write_text("no table\n")
+    with pytest.raises(ValueError, match="has no lines"):
+        builds.write_between_marks(page, "table\n")
+
+
 # In one process: the first that asks has the plugin, the other is told so and goes on without.
 TWO_LLAMA_CPPS = """
 import sys

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import functools
 import importlib.util
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -121,13 +120,10 @@ def _reason(error: Exception) -> str:
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use: hyper-threads do not help a memory-bound decode."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in cpus:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
-    return len(cores)
+    """Physical cores that this process may use."""
+    from gearcpp.runtime.threads import usable_cores
+
+    return usable_cores()
 
 
 def load_model(

@@ -29,6 +29,7 @@ from ..errors import ConfigError, DataError, GearError, UnsupportedError
 from ..model_info import read_model_info
 from ..runtime.context import Batch, Context, Model
 from ..runtime.low_level import context_params, model_params
+from ..runtime.threads import usable_cpus
 from .fidelity import F32, I32, Summary, Tally, compare
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class _Context(Context):
 
     def __init__(self, model: Model, spec: CacheSpec, settings: Settings) -> None:
         self.spec, self.n_ctx = spec, settings.n_ctx
-        n_threads = settings.n_threads or _n_cpu()
+        n_threads = settings.n_threads or usable_cpus()
         params = context_params(
             spec.kv_type,
             n_ctx=settings.n_ctx,
@@ -252,10 +253,6 @@ class _Context(Context):
             return summarize(kv_type, llama_layers(kv_type, info, allocation, n_written), 0, info, allocation)
         layers = gear_layers(device.stats(), kv_type, info, allocation, codec=device.codec, operation=device.other_use)
         return summarize(kv_type, layers, device.scratch_bytes(), info, allocation)
-
-
-def _n_cpu() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------

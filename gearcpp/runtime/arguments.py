@@ -19,6 +19,7 @@ from ..cache.kv_type import KVType
 from ..cache.placement import Placement
 from ..config import suggest
 from ..errors import ConfigError, DataError, UnsupportedError
+from .threads import llama_threads
 
 _PARENT = llama_cpp.Llama  # now: programs may put gearcpp.Llama in its place later
 CELL_PADDING = 256  # llama.cpp rounds n_ctx up to this (llama-context.cpp), llama_cpp.Llama's own buffers do not
@@ -47,7 +48,7 @@ def taken(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
     """
     lenient = lenient or os.environ.get("GEARCPP_LENIENT", "") not in ("", "0")
     known = known_arguments()
-    ignored = [name for name in given if name not in known and (lenient or name in OBSOLETE)]
+    ignored = [name for name in given if name not in known and (lenient or name in OBSOLETE or given[name] is None)]  # None asks for nothing
     for name in given:
         if name not in known and name not in ignored:
             near = suggest(name, known)
@@ -95,6 +96,7 @@ def parent_arguments(
     for name in ("n_threads", "n_threads_batch", "last_n_tokens_size"):
         if given.get(name) is not None:
             _whole(name, given[name], 0)
+    arguments["n_threads"], arguments["n_threads_batch"] = llama_threads(given.get("n_threads"), given.get("n_threads_batch"))
     if not has_cache:
         return arguments
     _check_types(kv, given)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config import suggest
 from ..errors import ConfigError
 
 _ROLES = ("system", "user", "assistant", "tool", "function")
 _RANGES = {  # sampling parameter: least and most
     "temperature": (0.0, math.inf),
+    "temp": (0.0, math.inf),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
     "typical_p": (0.0, 1.0),
@@ -28,11 +31,15 @@ def check_sampling(given: Mapping[str, Any]) -> None:
         value = given.get(name)
         if value is None:
             continue
+        if name == "repeat_penalty" and value == 0:
+            raise ConfigError("repeat_penalty 0 would make tokens that were there before certain; 1 is off")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
             bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}" if math.isfinite(low) else "that is finite"
             raise ConfigError(f"{name} must be a number {bounds}, not {value!r}")
     if given.get("mirostat_mode") not in (None, 0, 1, 2):
         raise ConfigError(f"mirostat_mode must be 0 (off), 1 or 2, not {given['mirostat_mode']!r}")
+    if given.get("penalize_nl") is False:
+        raise ConfigError("penalize_nl=False: llama.cpp penalizes newlines as other tokens; leave it out")
     if given.get("tfs_z") not in (None, 1):
         raise ConfigError("tfs_z: llama.cpp has no tail-free sampling any more; leave it out, or use min_p")
 
@@ -116,3 +123,80 @@ def plain_response_format(form: Any) -> Any:
     if kind not in ("text", "json_object"):
         raise ConfigError(f"response_format.type must be text, json_object or json_schema, not {kind!r}")
     return form
+
+
+def chosen_logprobs(logprobs: Any, top_logprobs: Any) -> int | None:
+    """top_logprobs as llama-cpp-python's chat handlers follow it: they give no log-probabilities at all where only ``logprobs`` is set.
+
+    Raises:
+        ConfigError: top_logprobs without logprobs, or out of range.
+    """
+    if top_logprobs is not None and (isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or top_logprobs < 0):
+        raise ConfigError(f"top_logprobs must be a whole number of at least 0, not {top_logprobs!r}")
+    if top_logprobs and not logprobs:
+        raise ConfigError("top_logprobs does nothing without logprobs=True")
+    return (top_logprobs or 0) if logprobs else None
+
+
+def check_schemas(given: Mapping[str, Any], verbose: bool) -> None:
+    """Refuse a schema that no grammar can be made of (llama-cpp-python would take any JSON for it), and two grammars for one answer.
+
+    Args:
+        given: of `create_chat_completion`, with tools, tool_choice and response_format as the functions above leave them.
+        verbose: whether the grammar is printed.
+
+    Raises:
+        ConfigError: as said.
+    """
+    from llama_cpp import LlamaGrammar
+
+    schemas = {}
+    form, choice = given.get("response_format") or {}, given.get("tool_choice")
+    if form.get("type") == "json_object":
+        schemas["response_format"] = form.get("schema")
+    if isinstance(choice, Mapping):
+        name = choice["function"]["name"]
+        schemas[f"the tool {name!r}"] = next(t["function"].get("parameters") for t in given["tools"] if t["function"]["name"] == name)
+    if len(schemas) + (given.get("grammar") is not None) > 1:
+        raise ConfigError(f"an answer follows one grammar, but there are several: {', '.join((*schemas, *(['grammar'] if given.get('grammar') else [])))}")
+    for what, schema in schemas.items():
+        if schema is None:
+            continue
+        try:
+            LlamaGrammar.from_json_schema(json.dumps(schema), verbose=verbose)
+        except Exception as error:  # of many kinds, from KeyError to JSONDecodeError
+            raise ConfigError(f"no grammar can be made of the schema of {what}: {type(error).__name__}: {error}") from error
+
+
+def check_grammar(model: Any, grammar: Any) -> None:
+    """Raise ConfigError for a grammar that llama.cpp cannot read: llama_cpp.Llama would crash on it.
+
+    Args:
+        model: llama.cpp's, of the vocabulary that the grammar is for.
+        grammar: a llama_cpp.LlamaGrammar, or None.
+    """
+    import llama_cpp
+
+    if grammar is None:
+        return
+    if not isinstance(grammar, llama_cpp.LlamaGrammar):
+        raise ConfigError(f"grammar must be a llama_cpp.LlamaGrammar, as LlamaGrammar.from_string(text) makes one, not {type(grammar).__name__}")
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    sampler = llama_cpp.llama_sampler_init_grammar(vocabulary, grammar._grammar.encode("utf-8"), grammar._root.encode("utf-8"))
+    if not sampler:
+        raise ConfigError("llama.cpp cannot read the grammar; what is wrong with it stands on stderr")
+    llama_cpp.llama_sampler_free(sampler)
+
+
+def check_chat_format(name: str | None, llm: Any) -> None:
+    """Raise ConfigError for a chat format that llama-cpp-python does not know; it would say so with the first chat.
+
+    Args:
+        name: the format, or None.
+        llm: a llama_cpp.Llama, whose model may bring formats of its own; with a ``chat_handler`` the name is not used.
+    """
+    from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
+
+    known = [*llm._chat_handlers, *LlamaChatCompletionHandlerRegistry()._chat_handlers]
+    if name and not llm.chat_handler and name not in known:
+        raise ConfigError(f"unknown chat_format {name!r}{suggest(name, known) or '; known: ' + ', '.join(sorted(known))}")

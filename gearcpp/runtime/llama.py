@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
@@ -26,21 +27,24 @@ from ..cache.device import GearDevice
 from ..cache.kv_type import KVType, KVTypeLike, for_sequences, normalize_kv_type
 from ..cache.placement import Placement, choose_placement
 from ..cache.python_codec import Codec, codec_of
-from ..config import suggest
-from ..errors import ClosedError, ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
+from ..errors import ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
 from ..model_info import NO_CACHE, ModelInfo, read_model_info
 from . import free_cells, sessions
 from .arguments import parent_arguments, taken
-from .asked import check_sampling, chosen_tools, plain_messages, plain_response_format
+from .asked import check_chat_format, check_grammar, check_sampling, check_schemas, chosen_logprobs, chosen_tools, plain_messages, plain_response_format
+from .closed import CLOSED
 from .llama_log import LlamaLog
+from .logprobs import align_echo
 from .prompt_cache import PackedCache
+from .turns import Processors, Turns, with_bias
 
-# The parent redirects stdout and stderr of the whole process while it loads, and the log callback is one for the process: one construction at a time.
+# The parent redirects stdout and stderr of the process while it loads, and the log callback is one for the process: one construction at a time.
 _construction = threading.RLock()
 
 _PARENT = llama_cpp.Llama  # now: programs may put gearcpp.Llama in its place later
 _COMPLETION = inspect.signature(_PARENT.create_completion)
 _CHAT = inspect.signature(_PARENT.create_chat_completion)
+_GENERATE = inspect.signature(_PARENT.generate)
 
 
 class Llama(llama_cpp.Llama):
@@ -61,6 +65,7 @@ class Llama(llama_cpp.Llama):
       context cannot be shifted, and goes back to an earlier token only as far as its windows reach: `generate` evaluates the prompt again where they do
       not, `eval` refuses. ``swa_full=True`` gives them as many cells as the context. Without it ``n_ubatch`` is 256 on the CPU if not given, because a
       window has cells for a step besides.
+    - Threads that are not asked for are no more than the processors that the process may use; ``n_threads`` alone holds for prompts, too.
     - After `close`, use raises ClosedError; the parent crashes.
     - With a ``draft_model`` logits of the whole context are kept (n_ctx x n_vocab x 4 bytes, paid for as tokens come); the parent fails past n_batch.
     - `save_state` keeps logits only with ``logits_all``.
@@ -85,15 +90,19 @@ class Llama(llama_cpp.Llama):
     _device: GearDevice | None = None
     _owner: dict[str, Any] | None = None  # what sessions belong to, once it was asked for
     _present_sampler: Any = None
+    _warned = False  # that the model has no chat template
     _n_sequences = 1  # that share the cells of the context
     lenient = False  # whether unknown arguments are ignored, as by the parent: for frameworks that pass what they like
 
     def __init__(self, model_path: str | os.PathLike[str], *, kv_type: KVTypeLike = "gear", codec: Codec | None = None, **arguments: Any) -> None:
+        self._turns = Turns()
         arguments = taken({"model_path": model_path, **arguments}, lenient=self.lenient)
         model_path = arguments.pop("model_path")
         self._given = {"model_path": model_path, "kv_type": kv_type, **({"codec": codec} if codec else {}), **arguments}
         self.kv_type: KVType = normalize_kv_type(kv_type)
         self.info: ModelInfo = read_model_info(model_path, arguments.get("kv_overrides"))
+        if (base := arguments.get("rope_freq_base")) and base != self.info.rope_freq_base:  # frameworks give 10000 unasked
+            warnings.warn(f"rope_freq_base={base:g} takes the place of the model's own {self.info.rope_freq_base:g}; 0 keeps that", stacklevel=2)
         has_cache = not arguments.get("vocab_only") and self.info.arch not in NO_CACHE
         placement = choose_placement(arguments, self.info.n_layer) if has_cache and self.kv_type.gear else Placement()
         given = {"model_path": model_path, **arguments}
@@ -111,8 +120,6 @@ class Llama(llama_cpp.Llama):
         self._construct(resolved)
         if self._device and (warning := allocation.warning(self._layer_groups())):
             warnings.warn(f"{self.info.path.name}: {warning} (kv_stats() lists them)", stacklevel=2)
-        if (chat_format := arguments.get("chat_format")) and not self.chat_handler:
-            self._check_chat_format(chat_format)
         seed = arguments.get("seed")
         if seed is None or seed in (-1, llama_cpp.LLAMA_DEFAULT_SEED):
             seed = random.SystemRandom().randrange(llama_cpp.LLAMA_DEFAULT_SEED)
@@ -124,6 +131,7 @@ class Llama(llama_cpp.Llama):
         with _construction, LlamaLog(errors_only=not arguments.get("verbose", True)) as log:
             try:
                 super().__init__(**arguments)
+                check_chat_format(arguments.get("chat_format"), self)
                 if arguments.get("lora_path") and not self._lora_adapter:  # the parent looks for None, and gets a null pointer
                     raise DataError(f"llama.cpp cannot use the LoRA file {arguments['lora_path']}: {log.reason or 'is it of this model?'}")
                 if self._ctx.memory is not None:
@@ -162,13 +170,8 @@ class Llama(llama_cpp.Llama):
             self._present_sampler.close()
         self._present_sampler = sampler
 
-    def _check_chat_format(self, name: str) -> None:
-        from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
-
-        known = [*self._chat_handlers, *LlamaChatCompletionHandlerRegistry()._chat_handlers]
-        if name not in known:
-            self.close()
-            raise ConfigError(f"unknown chat_format {name!r}{suggest(name, known) or '; known: ' + ', '.join(sorted(known))}")
+    def _drop_sampler(self) -> None:
+        self._sampler = None  # the parent's `sample` would go on with it, whatever it is asked for
 
     def _check_memory(self) -> None:
         """Refuse what the process would be killed for."""
@@ -183,6 +186,8 @@ class Llama(llama_cpp.Llama):
     def _explain_construction(self, error: BaseException, reason: str) -> BaseException:
         """The exception to raise for one that came out of the parent's constructor; llama.cpp's reasons come by other ways than exceptions."""
         failure = self._device.take_failure() if self._device else None
+        if isinstance(error, jinja2.TemplateError):
+            return DataError(f"the chat template of {self.info.path.name} cannot be read: {error}; repair tokenizer.chat_template in the file")
         if failure or isinstance(error, GearError) or not isinstance(error, ValueError):
             return failure or error
         if str(error).startswith("Failed to load model"):
@@ -215,14 +220,13 @@ class Llama(llama_cpp.Llama):
         Raises:
             UnsupportedError: ``n_tokens`` was set back to where a sliding window is lost.
         """
-        self._require_open()
-        has_end = self._ctx.memory is not None and llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0) >= self.n_tokens
-        if has_end and not free_cells.can_go_back(self.ctx, 0, self.n_tokens):
-            raise UnsupportedError(
-                f"the sliding windows of this {self.info.arch} model do not reach back to token {self.n_tokens} any more: reset() and evaluate all tokens "
-                "again, or keep windows whole with swa_full=True"
-            )
-        with self._explained():
+        with self._turns.step(), self._explained():
+            has_end = self._ctx.memory is not None and llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0) >= self.n_tokens
+            if has_end and not free_cells.can_go_back(self.ctx, 0, self.n_tokens):
+                raise UnsupportedError(
+                    f"the sliding windows of this {self.info.arch} model do not reach back to token {self.n_tokens} any more: reset() and evaluate all "
+                    "tokens again, or keep windows whole with swa_full=True"
+                )
             super().eval(tokens)
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
@@ -240,7 +244,7 @@ class Llama(llama_cpp.Llama):
                 raise ConfigError(f"text {i} to embed is empty: this model's tokenizer makes no token of it")
             if n_tokens > self.n_batch:  # with truncate=False the parent refuses it
                 warnings.warn(f"text {i} to embed has {n_tokens} tokens: only the first {self.n_batch} count (n_batch)", stacklevel=2)
-        with self._explained():
+        with self._turns.step(), self._explained():
             return super().embed(input, *args, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------------------------------------
@@ -250,11 +254,41 @@ class Llama(llama_cpp.Llama):
     @functools.wraps(_PARENT.create_completion)
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in llama_cpp.Llama; parameters that nothing could follow are a ConfigError."""
-        given = _COMPLETION.bind(self, *args, **kwargs).arguments
+        given = dict(_COMPLETION.bind(self, *args, **kwargs).arguments)
+        given.pop("self")
         check_sampling(given)
         if given.get("suffix"):
             raise ConfigError("suffix: llama-cpp-python puts token 0 where a model's own infill tokens belong; write those into the prompt")
-        return super().create_completion(*args, **kwargs)
+        given["logits_processor"] = with_bias(given.pop("logit_bias", None), given.get("logits_processor"), self.n_vocab())
+        if given.get("stream"):
+            return super().create_completion(**given)
+        with self._turns.answer():
+            answer: Any = super().create_completion(**given)
+            if given.get("echo") and given.get("logprobs") is not None:
+                align_echo(self, answer, self._turns.tokens, given["logprobs"])
+            return answer
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in llama_cpp.Llama; BusyError when another answer is begun before this one has ended. An exception of a logits processor is raised."""
+        given = dict(_GENERATE.bind(self, *args, **kwargs).arguments)
+        given.pop("self")
+        check_sampling(given)
+        check_grammar(self.model, given.get("grammar"))
+        processors = given["logits_processor"] = Processors(given["logits_processor"]) if given.get("logits_processor") else None
+        return self._turns.take(super().generate(**given), processors, self._drop_sampler, may_send=bool(self._logits_all))
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        """As in llama_cpp.Llama; an exception of a logits processor is raised."""
+        processors = kwargs.get("logits_processor")
+        if self._sampler is None:
+            check_sampling(kwargs)
+            check_grammar(self.model, kwargs.get("grammar"))
+        if not processors or isinstance(processors, Processors):
+            return super().sample(*args, **kwargs)
+        kept = kwargs["logits_processor"] = Processors(processors)
+        token = super().sample(*args, **kwargs)
+        kept.raise_failure()
+        return token
 
     @functools.wraps(_PARENT.create_chat_completion)
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -264,9 +298,14 @@ class Llama(llama_cpp.Llama):
         given.pop("self")
         check_sampling(given)
         if not self.chat_handler:
+            if not self.has_chat_template and not self._given.get("chat_format") and not self._warned:
+                self._warned = True
+                warnings.warn("this model has no chat template: messages are written as Llama 2's were; chat_format names another", stacklevel=2)
             given["messages"] = plain_messages(given["messages"])
             given["tools"], given["tool_choice"] = chosen_tools(given.get("tools"), given.get("tool_choice"))
             given["response_format"] = plain_response_format(given.get("response_format"))
+            check_schemas(given, self.verbose)
+        given["top_logprobs"] = chosen_logprobs(given.get("logprobs"), given.get("top_logprobs"))
         return super().create_chat_completion(**given)
 
     # -----------------------------------------------------------------------------------------------------------------------------------------
@@ -492,23 +531,10 @@ class Llama(llama_cpp.Llama):
         if self._stack is not None:
             self._sampler = None
             super().close()
-            self._ctx = self._model = self._batch = self.tokenizer_ = _CLOSED
+            self._ctx = self._model = self._batch = self.tokenizer_ = CLOSED
         if self._device:
             self._device.close()  # where the parent failed before it took the device over
 
     def _require_open(self) -> None:
-        if self._stack is None or getattr(self, "_ctx", _CLOSED) is _CLOSED:
-            raise _CLOSED.error()
-
-
-class _Closed:
-    """Stands in for what was freed: every use of it is an error instead of a crash."""
-
-    def error(self) -> ClosedError:
-        return ClosedError("this Llama was closed; make a new one")
-
-    def __getattr__(self, name: str) -> Any:
-        raise self.error()
-
-
-_CLOSED: Any = _Closed()
+        if self._stack is None or getattr(self, "_ctx", CLOSED) is CLOSED:
+            raise CLOSED.error()

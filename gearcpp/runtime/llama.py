@@ -221,6 +221,7 @@ class Llama(llama_cpp.Llama):
             UnsupportedError: ``n_tokens`` was set back to where a sliding window is lost.
         """
         with self._turns.step(), self._explained():
+            self._require_open()
             has_end = self._ctx.memory is not None and llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0) >= self.n_tokens
             if has_end and not free_cells.can_go_back(self.ctx, 0, self.n_tokens):
                 raise UnsupportedError(

@@ -68,7 +68,7 @@ class KVLayer:
     Attributes:
         il: layer, as in llama.cpp's cache tensor ``cache_k_l<il>``.
         n_head_kv: KV heads.
-        d_head_k, d_head_v: channels of a head.
+        d_head_k, d_head_v: channels of a head. In latent attention (MLA) d_head_v is 0: V is the first channels of K, and has no cache of its own.
         certain: False where the metadata do not say whether llama.cpp makes a cache for it: layers of a hybrid that may be recurrent, and layers for
             multi-token prediction.
     """
@@ -113,6 +113,11 @@ class ModelInfo:
     layers: tuple[KVLayer, ...]
 
     @property
+    def is_latent(self) -> bool:
+        """Whether it uses multi-head latent attention (MLA): the cache holds one vector a token, which is K and, in its first channels, V."""
+        return any(layer.d_head_v == 0 for layer in self.layers)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model brings a chat template."""
         return "tokenizer.chat_template" in self.metadata
@@ -123,11 +128,6 @@ class ModelInfo:
             raise UnsupportedError(f"{self.path.name}: {self.arch} models are recurrent and have no KV cache to compress; use kv_type='f16'")
         if self.arch in _OTHER_ATTENTION:
             raise UnsupportedError(f"{self.path.name}: {self.arch} {_OTHER_ATTENTION[self.arch]}; use kv_type='f16'")
-        if self.metadata.get(f"{self.arch}.attention.key_length_mla"):
-            raise UnsupportedError(
-                f"{self.path.name}: this {self.arch} model uses multi-head latent attention (MLA), whose cache holds one compressed vector per token "
-                "and no heads; use kv_type='f16'"
-            )
 
     def kv_elements(self, n_ctx: int) -> int:
         """Numbers in K and V of a full-size cache for ``n_ctx`` tokens."""
@@ -329,6 +329,8 @@ class _Reader:
         d_head = [self.number(f"attention.{name}_length", default) for name in ("key", "value")]
         d_head_swa = [self.number(f"attention.{name}_length_swa", d) for name, d in zip(("key", "value"), d_head, strict=True)]
         self.check_rotated(max(d_head[0], d_head_swa[0]))
+        if self.number("attention.key_length_mla"):
+            d_head[1] = d_head_swa[1] = 0
         is_swa = self.is_swa(n_layer) if d_head_swa != d_head else [False] * n_layer
         n_own = self.n_layers_with_own_cache(n_layer)
         n_main = n_layer - self.number("nextn_predict_layers")

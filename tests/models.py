@@ -164,6 +164,24 @@ def _minicpm3(weights: _Weights, block: str, s: Shape) -> None:
     _feed_forward(weights, block, s)
 
 
+_N_NOPE, _D_MLA = 32, 48  # channels of a head that is taken out of the latent: of K without RoPE, of V
+
+
+def _deepseek2(weights: _Weights, block: str, s: Shape) -> None:
+    """Latent attention (MLA): one row a token is K and, in its first d_v channels, V. d_head is d_v and what RoPE turns; n_head_kv must be 1."""
+    n_rot = s.d_head - s.d_v
+    weights.norm(f"{block}.attn_norm", s.n_embd)
+    weights.matrix(f"{block}.attn_q_a", _LORA_RANK, s.n_embd)
+    weights.norm(f"{block}.attn_q_a_norm", _LORA_RANK)
+    weights.matrix(f"{block}.attn_q_b", s.n_head * (_N_NOPE + n_rot), _LORA_RANK, gain=2.0)
+    weights.matrix(f"{block}.attn_kv_a_mqa", s.d_v + n_rot, s.n_embd)
+    weights.norm(f"{block}.attn_kv_a_norm", s.d_v)
+    weights.matrix(f"{block}.attn_k_b", s.d_v, _N_NOPE, n_expert=s.n_head)
+    weights.matrix(f"{block}.attn_v_b", _D_MLA, s.d_v, n_expert=s.n_head)
+    weights.matrix(f"{block}.attn_output", s.n_embd, s.n_head * _D_MLA)
+    _feed_forward(weights, block, s)
+
+
 def _mpt(weights: _Weights, block: str, s: Shape) -> None:
     """ALiBi: positions are a slope over the keys, no RoPE. n_head * d_head must be n_embd."""
     weights.norm(f"{block}.attn_norm", s.n_embd)
@@ -180,6 +198,7 @@ _FAMILIES: dict[str, Callable[[_Weights, str, Shape], None]] = {
     "gemma3": _gemma3,
     "gpt-oss": _gpt_oss,
     "minicpm3": _minicpm3,
+    "deepseek2": _deepseek2,
     "mpt": _mpt,
     "mixtral": _mixtral,
     "lfm2": _lfm2,
@@ -254,13 +273,21 @@ def _add_family_keys(writer: gguf.GGUFWriter, family: str, s: Shape) -> None:
         writer.add_token_type_count(1)
         return
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(_N_ROT if family == "minicpm3" else s.d_head)
+    writer.add_rope_dimension_count({"minicpm3": _N_ROT, "deepseek2": s.d_head - s.d_v}.get(family, s.d_head))
     writer.add_rope_freq_base(10000.0)
     if family in ("gemma2", "gemma3", "gpt-oss"):
         writer.add_sliding_window(s.window)
     if family == "minicpm3":
         writer.add_q_lora_rank(_LORA_RANK)
         writer.add_kv_lora_rank(_LORA_RANK)
+    if family == "deepseek2":
+        writer.add_q_lora_rank(_LORA_RANK)
+        writer.add_kv_lora_rank(s.d_v)
+        writer.add_key_length_mla(_N_NOPE + s.d_head - s.d_v)
+        writer.add_value_length_mla(_D_MLA)
+        writer.add_leading_dense_block_count(s.n_layer)
+        writer.add_expert_feed_forward_length(s.n_ff)
+        writer.add_expert_shared_count(0)
     if family == "gemma2":
         writer.add_attn_logit_softcapping(20.0)
         writer.add_final_logit_softcapping(30.0)

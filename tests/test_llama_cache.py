@@ -29,6 +29,8 @@ MODELS = {
     "heads of 512": ("llama", Shape(n_head=2, n_head_kv=1, d_head=512)),
     "K and V of different sizes": ("minicpm3", Shape(n_head_kv=4, d_head=96, d_head_v=64)),
     "K and V of 576 and 512": ("minicpm3", Shape(n_head=2, n_head_kv=2, d_head=576, d_head_v=512)),
+    "latent attention": ("deepseek2", Shape(n_head=8, n_head_kv=1, d_head=576, d_head_v=512)),
+    "latent attention, small": ("deepseek2", Shape(n_head_kv=1, d_head=96, d_head_v=64)),
     "soft-cap and windows": ("gemma2", Shape()),
     "windows": ("gemma3", Shape(n_layer=6)),
     "sinks and windows": ("gpt-oss", Shape()),

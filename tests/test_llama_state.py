@@ -53,9 +53,17 @@ def tokens(random: np.random.Generator) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("d_head", [64, 512, 576])
-def test_a_state_restores_under_gear_and_under_f16(d_head: int, random_model: RandomModel, tokens: list[int]) -> None:
-    path = random_model("llama", Shape(d_head=d_head) if d_head == 64 else Shape(n_head=2, n_head_kv=1, d_head=d_head))
+HEADS = {
+    "64": ("llama", Shape()),
+    "512": ("llama", Shape(n_head=2, n_head_kv=1, d_head=512)),
+    "576": ("llama", Shape(n_head=2, n_head_kv=1, d_head=576)),
+    "latent": ("deepseek2", Shape(n_head_kv=1, d_head=96, d_head_v=64)),
+}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_state_restores_under_gear_and_under_f16(heads: str, random_model: RandomModel, tokens: list[int]) -> None:
+    path = random_model(*HEADS[heads])
     llm = load(path, seed=5)
     llm.eval(tokens)
     expected = next_logits(llm)

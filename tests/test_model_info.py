@@ -91,7 +91,6 @@ def test_families_without_a_cache(tmp_path: Path) -> None:
     ("arch", "keys", "reason"),
     [
         ("mamba", {"attention__head_count": 0}, "mamba models are recurrent"),
-        ("deepseek2", {"attention__key_length_mla": 192, "attention__value_length_mla": 128}, "MLA"),
         ("t5", {}, "position bias"),
         ("grok", {}, "without flash attention"),
         ("deepseek32", {}, "indexer"),
@@ -99,8 +98,19 @@ def test_families_without_a_cache(tmp_path: Path) -> None:
 )
 def test_refused_families(tmp_path: Path, arch: str, keys: dict[str, Any], reason: str) -> None:
     info = read_model_info(write_metadata(tmp_path / "m.gguf", arch, **keys))
-    with pytest.raises(UnsupportedError, match=f"{arch}.*{reason}.*kv_type='f16'" if reason == "MLA" else f"{reason}.*kv_type='f16'"):
+    with pytest.raises(UnsupportedError, match=f"{reason}.*kv_type='f16'"):
         info.check_gear()
+
+
+def test_latent_attention_has_k_only(tmp_path: Path) -> None:
+    keys = {"attention__head_count_kv": 1, "attention__key_length": 576, "attention__value_length": 512}
+    latent = {"attention__key_length_mla": 192, "attention__value_length_mla": 128}
+    info = read_model_info(write_metadata(tmp_path / "m.gguf", "deepseek2", **keys, **latent))
+    info.check_gear()
+    assert info.is_latent
+    assert {(layer.n_head_kv, layer.d_head_k, layer.d_head_v) for layer in info.layers} == {(1, 576, 0)}
+    assert info.kv_elements(100) == 100 * 576 * len(info.layers)
+    assert not read_model_info(write_metadata(tmp_path / "n.gguf", "llama")).is_latent
 
 
 def test_overrides(tmp_path: Path) -> None:

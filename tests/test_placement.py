@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
+from models import Shape
 
-from gearcpp import ConfigError, native
+from gearcpp import PRESETS, ConfigError, UnsupportedError, native
+from gearcpp.cache.device import GearDevice
 from gearcpp.cache.placement import Placement, choose_placement
+from gearcpp.model_info import read_model_info
 
 GPUS = ("CUDA0", "CUDA1", "CUDA2")
 
@@ -72,3 +78,10 @@ def test_layers_left_on_the_cpu_are_the_first_ones_and_exactly_as_many(n_layer: 
 def test_what_cannot_be_is_refused_with_a_reason(given: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         choose_placement(given, 32)
+
+
+def test_latent_attention_is_on_the_cpu(random_model: Callable[..., Path]) -> None:
+    info = read_model_info(random_model("deepseek2", Shape(n_head_kv=1, d_head=96, d_head_v=64)))
+    with pytest.raises(UnsupportedError, match=r"latent attention \(MLA\) .*; set n_gpu_layers=0"):
+        GearDevice(info, PRESETS["gear"], placement=choose_placement({}, info.n_layer))
+    GearDevice(info, PRESETS["gear"], placement=choose_placement({"n_gpu_layers": 0}, info.n_layer)).close()

@@ -167,6 +167,7 @@ LARGE_HEADS = {
     "heads of 64": ("llama", Shape()),
     "heads of 512": ("llama", Shape(n_head=2, n_head_kv=1, d_head=512)),
     "K of 576, turned in part, and V of 512": ("minicpm3", Shape(n_layer=1, n_head=2, n_head_kv=2, d_head=576, d_head_v=512)),
+    "latent attention": ("deepseek2", Shape(n_head_kv=1, d_head=576, d_head_v=512)),
 }
 
 

@@ -47,6 +47,10 @@ class GearDevice:
         self._placement = placement or Placement()
         info.check_gear()
         _check_heads(info, config)
+        if info.is_latent and not self._placement.on_cpu:
+            raise UnsupportedError(
+                f"{info.path.name}: latent attention (MLA) keeps a GEAR cache on the CPU only so far; set n_gpu_layers=0, or use kv_type='f16'"
+            )
         native.open_ggml()
         self._codec_failure: BaseException | None = None
         self._layers = native.ffi.new("gear_layer[]", [(layer.il, layer.n_head_kv, layer.d_head_k, layer.d_head_v) for layer in info.layers])
@@ -123,14 +127,15 @@ class GearDevice:
     def check_owns(self, layers: tuple[KVLayer, ...], *, is_hybrid: bool) -> None:
         """Raise UnsupportedError unless llama.cpp put the KV cache of these layers on this device.
 
-        K and V of every layer must be in its stores (in a hybrid model any layer may have no cache, but not all of them), and not all of them kept as
-        f16 because llama.cpp reads them by other operations than flash attention.
+        K and V of every layer, or K alone in latent attention, must be in its stores (in a hybrid model any layer may have no cache, but not all of
+        them), and not all of them kept as f16 because llama.cpp reads them by other operations than flash attention.
         """
         stores = self.stats()
         if stores and all(store["kind"] == _USED_OTHERWISE for store in stores):
             raise UnsupportedError("llama.cpp reads this model's KV cache by operations that GEAR does not cover; use kv_type='f16' for this model")
         owned = {(store["il"], store["side"]) for store in stores}
-        absent = [layer for layer in layers if not {(layer.il, native.lib.GEAR_SIDE_K), (layer.il, native.lib.GEAR_SIDE_V)} <= owned]
+        sides = ((native.lib.GEAR_SIDE_K, "d_head_k"), (native.lib.GEAR_SIDE_V, "d_head_v"))
+        absent = [layer for layer in layers if not {(layer.il, side) for side, d_head in sides if getattr(layer, d_head)} <= owned]
         lost = [layer for layer in absent if (layer.certain and not is_hybrid) or len(absent) == len(layers)]
         if lost:
             numbers = ", ".join(str(layer.il) for layer in lost)
@@ -170,7 +175,7 @@ def _check_heads(info: ModelInfo, config: GearConfig) -> None:
     sizes = {(layer.d_head_k, layer.d_head_v) for layer in info.layers}
     for d_head_k, d_head_v in sizes:
         try:
-            native.check_heads(config, d_head_k, d_head_v)
+            native.check_heads(config, d_head_k, d_head_v or d_head_k)
         except UnsupportedError as error:
             failures.append(error)
     if sizes and len(failures) == len(sizes):

@@ -72,6 +72,7 @@ def llama_layers(kv: KVType, layers: Sequence[KVLayer], n_cell: int, n_written: 
         }
         for layer in layers
         for side, d_head, cache_type in (("k", layer.d_head_k, kv.type_k), ("v", layer.d_head_v, kv.type_v))
+        if d_head
         for n_elements in [n_cell * layer.n_head_kv * d_head]
         for n_bytes in [int(n_elements * LLAMA_BITS[cache_type] / 8)]
     ]

@@ -10,6 +10,7 @@
 #include "attention/kernels.h"
 #include "codec/basis.h"
 #include "codec/codec.h"
+#include "common/half_rows.h"
 
 #include <algorithm>
 #include <atomic>
@@ -36,6 +37,7 @@ struct plan {
     int                           n_head_kv;
     int                           n_share; // query heads of a KV head
     int                           d_k, d_v;
+    int                           d_out;    // channels that are added up: V's, or in latent attention all that K's rotation mixes with them
     int                           tile;     // cells
     int                           n_tile;   // that n_kv reaches into
     size_t                        q_stride; // of a row of q and of the output in floats
@@ -49,17 +51,19 @@ struct plan {
         n_head_kv  = op.k->shape().n_head;
         n_share    = params.n_head / n_head_kv;
         d_k        = op.k->shape().d_head;
-        d_v        = op.v->shape().d_head;
+        d_v        = op.d_latent > 0 ? op.d_latent : op.v->shape().d_head;
+        d_out      = is_latent() && rotates_v() ? channels_of_runs(d_k, d_v) : d_v;
         tile       = op.k->shape().tile;
         n_tile     = ceil_div(params.n_kv, tile);
         q_stride   = padded(d_k, depth_padding);
-        out_stride = padded(d_v, lane_padding);
+        out_stride = padded(d_out, lane_padding);
         queries    = params.n_query <= decode_queries ? std::max(1, params.n_query) : std::max(decode_queries, block_rows / n_share);
         n_block    = ceil_div(params.n_query, queries);
         tiles      = std::max(1, ceil_div(n_tile, ceil_div(tasks_a_thread * nth, std::max(1, n_strip()))));
         n_range    = std::max(1, ceil_div(n_tile, tiles));
     }
 
+    bool is_latent() const { return op.d_latent > 0; }
     bool rotates_k() const { return op.k_layout && op.k_layout->config.rotate; }
     bool rotates_v() const { return op.v_layout && op.v_layout->config.rotate; }
     int  rows() const { return queries * n_share; }                        // of a block, at most
@@ -125,6 +129,42 @@ struct side_tile {
         exact.token = memory.take<int32_t>(tile);
         copy        = memory.take<uint16_t>((size_t) tile * padded(d_head, exact_padding));
         absent      = memory.take<int32_t>(tile);
+    }
+};
+
+// A tile's packed rows as V of latent attention: f16, in the basis that they are coded in.
+struct unpacked_tile {
+    const tile_layout * layout = nullptr; // nullptr: nothing is unpacked
+    float *             numbers;          // of unpack_coded
+    float *             x;                // f32 [tile, d_head]
+    uint16_t *          rows;             // f16 [tile, stride]
+    size_t              stride;
+    exact_rows          packed; // those of the tile's rows in range that are not exact
+
+    unpacked_tile(arena & memory, const tile_layout * layout_, int tile, int d_head) : layout(layout_) {
+        if (layout) {
+            stride       = padded(d_head, lane_padding);
+            numbers      = memory.take<float>(unpack_numbers(*layout));
+            x            = memory.take<float>((size_t) tile * d_head);
+            rows         = memory.take<uint16_t>(tile * stride);
+            packed.row   = memory.take<const uint16_t *>(tile);
+            packed.token = memory.take<int32_t>(tile);
+        }
+    }
+
+    void add(int token) {
+        packed.token[packed.n] = token;
+        packed.row[packed.n++] = rows + token * stride;
+    }
+
+    void unpack(const uint8_t * tile) {
+        const int d = layout->d_head;
+        unpack_coded(*layout, tile, numbers, x);
+        for (int t = 0; t < layout->n_token; ++t) {
+            uint16_t * to = rows + t * stride;
+            float_to_half(x + (size_t) t * d, to, d);
+            std::fill(to + d, to + stride, 0);
+        }
     }
 };
 
@@ -248,15 +288,17 @@ class worker {
   public:
     worker(const plan & p, arena & memory)
         : p(p), kernels(current_attention_kernels()), k(memory, p.op.k_layout, p.op.rounding, p.tile, p.d_k),
-          v(memory, p.op.v_layout, p.op.rounding, p.tile, p.d_v) {
-        q            = memory.take<float>(p.rows() * p.q_stride);
-        q_rotated    = p.rotates_k() ? memory.take<float>(p.rows() * p.q_stride) : q;
-        slope        = memory.take<float>(p.rows());
-        state        = memory.take<softmax_state>(p.rows());
-        out          = memory.take<float>(p.rows() * p.out_stride);
-        out_rotated  = p.rotates_v() ? memory.take<float>(p.rows() * p.out_stride) : out;
-        scores       = memory.take<float>((size_t) slice_rows * p.tile);
-        scores_shown = memory.take<float>((size_t) slice_rows * p.tile);
+          v(memory, p.is_latent() ? nullptr : p.op.v_layout, p.op.rounding, p.tile, p.is_latent() ? p.d_k : p.d_v),
+          latent(memory, p.is_latent() ? p.op.v_layout : nullptr, p.tile, p.d_k) {
+        v.packed.layout = p.op.v_layout;
+        q               = memory.take<float>(p.rows() * p.q_stride);
+        q_rotated       = p.rotates_k() ? memory.take<float>(p.rows() * p.q_stride) : q;
+        slope           = memory.take<float>(p.rows());
+        state           = memory.take<softmax_state>(p.rows());
+        out             = memory.take<float>(p.rows() * p.out_stride);
+        out_rotated     = p.rotates_v() ? memory.take<float>(p.rows() * p.out_stride) : out;
+        scores          = memory.take<float>((size_t) slice_rows * p.tile);
+        scores_shown    = memory.take<float>((size_t) slice_rows * p.tile);
     }
 
     void run(int task, void * partials) {
@@ -316,7 +358,7 @@ class worker {
     void rotate_back(int n_rows) {
         for (int row = 0; v_basis.is_set && row < n_rows; ++row) {
             float * rotated = out_rotated + row * p.out_stride;
-            hadamard(rotated, p.d_v);
+            hadamard_part(rotated, p.op.v->shape().d_head, p.d_v);
             for (int c = 0; c < p.d_v; ++c) {
                 out[row * p.out_stride + c] += v_basis.is_weighted ? rotated[c] / v_basis.w[c] : rotated[c];
             }
@@ -368,8 +410,9 @@ class worker {
         }
         open(k, *p.op.k, s, tile, range);
         open(v, *p.op.v, s, tile, range);
-        prefetch_next(k, v, v.has_packed ? v.packed.tile : nullptr);
-        prefetch_next(v, k, tile + 1 < p.n_tile ? packed_tile(*p.op.k, s, tile + 1) : nullptr);
+        const uint8_t * next = tile + 1 < p.n_tile ? packed_tile(*p.op.k, s, tile + 1) : nullptr;
+        prefetch_next(k, v, p.is_latent() ? next : v.has_packed ? v.packed.tile : nullptr);
+        prefetch_next(v, k, next);
         enter_bases(n_rows);
         for (int row = 0; row < n_rows; row += slice_rows) {
             const int n = std::min(slice_rows, n_rows - row);
@@ -417,6 +460,14 @@ class worker {
             side.packed.tile = packed;
         }
         side.is_prepared = false;
+        if (&side == &v && latent.layout) {
+            latent.packed.n = 0;
+            for (int t = range.first; side.has_packed && t < range.last; ++t) {
+                if (view.slot[t] < 0 && view.in_tile[t]) {
+                    latent.add(t);
+                }
+            }
+        }
     }
 
     // When a tile is first multiplied with and no sooner: until then its ranges are still being fetched.
@@ -493,7 +544,13 @@ class worker {
     void add_p_v(int first_row, int n, const token_range & range) {
         const size_t     offset = first_row * p.out_stride;
         const const_rows all    = { scores, (size_t) p.tile, n };
-        if (v.has_packed) {
+        if (v.has_packed && latent.layout) {
+            if (!v.is_prepared) {
+                latent.unpack(v.packed.tile);
+                v.is_prepared = true;
+            }
+            kernels.exact_output(part_of(latent.packed, range), p.d_out, all, { out_rotated + offset, p.out_stride });
+        } else if (v.has_packed) {
             const const_rows shown = v.exact.n + v.n_absent == 0 ? all : only_packed(n);
             kernels.multiply(prepared(v), shown, 0, (int) p.out_stride, { out_rotated + offset, p.out_stride });
         }
@@ -518,6 +575,7 @@ class worker {
     const plan &              p;
     const attention_kernels & kernels;
     side_tile                 k, v;
+    unpacked_tile             latent;
     tile_basis                k_basis, v_basis; // of the tile at hand
     float *                   q;                // [rows, q_stride] times scale
     float *                   q_rotated;        // the same as packed tiles want it

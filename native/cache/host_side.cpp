@@ -68,12 +68,12 @@ void host_side::change_store(const changer & f) {
     f(&cells_, codec(), [&](int64_t n, const int64_t * cells, const uint16_t * rows) { write(n, cells, rows); });
 }
 
-attention_op attention_of(const gear_attention_params & params, const host_side & k, const host_side & v) {
+attention_op attention_of(const gear_attention_params & params, const host_side & k, const host_side & v, int d_latent) {
     head_bases * const bases = bases_of(k.codec());
     if (bases) {
         bases->reserve(k.shape().n_head); // here, where memory may be short: the op itself runs in ggml's threads, which nothing may throw through
     }
-    return { params, &k.cells(), &v.cells(), k.layout(), v.layout(), default_rounding, bases };
+    return { params, &k.cells(), &v.cells(), k.layout(), v.layout(), default_rounding, &k == &v ? d_latent : 0, bases };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class host_side final : public side_cache {
     store      cells_;
 };
 
-// Attention over the two sides of a layer.
-attention_op attention_of(const gear_attention_params & params, const host_side & k, const host_side & v);
+// Attention over the two sides of a layer, or over one that is both (d_latent: attention_op).
+attention_op attention_of(const gear_attention_params & params, const host_side & k, const host_side & v, int d_latent = 0);
 
 class host_memory final : public cache_memory {
   public:

@@ -633,12 +633,49 @@ uint8_t code_of(const tile_layout & layout, const uint8_t * tile, int token, int
     return (uint8_t) code;
 }
 
-void hadamard(float * x, int d) {
-    const pack_kernels & kernels = kernels_in_use();
-    for (int first = 0, n; first < d; first += n) {
-        n = rotation_run(d, first);
-        kernels.hadamard(x + first, n);
+size_t unpack_numbers(const tile_layout & layout) {
+    return 2 * (size_t) layout.part.n_group + (size_t) layout.config.rank * (layout.n_token + layout.d_head);
+}
+
+void unpack_coded(const tile_layout & layout, const uint8_t * tile, float * numbers, float * x) {
+    group_coder coder = {};
+    coder.scale       = numbers;
+    coder.zero        = coder.scale + layout.part.n_group;
+    float *A = coder.zero + layout.part.n_group, *B = A + layout.config.rank * layout.n_token;
+    float  M[max_d_head];
+    reconstruct(layout, kernels_in_use(), tile, coder, A, B, x);
+    if (layout.config.center) {
+        load_mean(layout, tile, M);
     }
+    for (int t = 0; t < layout.n_token; ++t, x += layout.d_head) {
+        for (int c = 0; c < layout.d_head && layout.config.center; ++c) {
+            x[c] += M[c];
+        }
+        to_half_range(layout.d_head, x);
+    }
+}
+
+void hadamard(float * x, int d) {
+    hadamard_part(x, d, d);
+}
+
+int hadamard_part(float * x, int d, int n) {
+    const pack_kernels & kernels = kernels_in_use();
+    int                  first   = 0;
+    while (first < n) {
+        const int run = rotation_run(d, first);
+        kernels.hadamard(x + first, run);
+        first += run;
+    }
+    return first;
+}
+
+int channels_of_runs(int d, int n) {
+    int first = 0;
+    while (first < n) {
+        first += rotation_run(d, first);
+    }
+    return first;
 }
 
 } // namespace gear

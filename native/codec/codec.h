@@ -34,8 +34,15 @@ void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const
 // xhat f32 [T, d]
 void unpack_tile(const tile_layout & layout, const uint8_t * tile, float * xhat);
 
+// The same in the basis that is coded, from memory of the caller's. numbers f32 [unpack_numbers(layout)]
+size_t unpack_numbers(const tile_layout & layout);
+void   unpack_coded(const tile_layout & layout, const uint8_t * tile, float * numbers, float * x);
+
 // H of tile.h: normalized Hadamard transforms of a head's blocks, in place (its own inverse).
 void hadamard(float * x, int d);
+// H of the first n channels of d and of those that share a run with them. Returns how many those are.
+int  hadamard_part(float * x, int d, int n);
+int  channels_of_runs(int d, int n);
 
 group_range range_of(const tile_layout & layout, const uint8_t * tile, int token, int channel);
 uint8_t     code_of(const tile_layout & layout, const uint8_t * tile, int token, int channel);

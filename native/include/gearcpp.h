@@ -99,7 +99,7 @@ typedef struct gear_layer {
     int32_t il;        // layer index as in the cache tensor's name (cache_k_l<il>)
     int32_t n_head_kv; // KV heads
     int32_t d_head_k;  // channels of a K head
-    int32_t d_head_v;  // channels of a V head
+    int32_t d_head_v;  // channels of a V head; 0 on a device: latent attention (MLA), V is the first channels of K
 } gear_layer;
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,12 @@ bool is_attention_view(const abi::tensor * view, const cache_tensor & tensor) {
            view->ne[1] <= tensor.n_cell && (view->ne[3] == 1 || view->nb[3] == stream) && view->view_offs % stream == 0;
 }
 
+// Latent attention's V: the first channels of the rows that K's view is of.
+bool is_latent_view(const abi::tensor * v, const abi::tensor * k) {
+    return v->type == k->type && v->ne[0] <= k->ne[0] && std::equal(v->ne + 1, v->ne + abi::max_dims, k->ne + 1) &&
+           std::equal(v->nb, v->nb + abi::max_dims, k->nb) && v->view_offs == k->view_offs;
+}
+
 } // namespace
 
 bool touches_cache(const abi::tensor * op) {
@@ -45,8 +51,13 @@ bool is_row_write(const abi::tensor * op) {
 
 bool is_attention(const abi::tensor * op) {
     const cache_tensor *k = cache_of(op->src[1]), *v = cache_of(op->src[2]);
-    return op->op == abi::number().op_flash_attn && k && v && k != v && k->side == GEAR_SIDE_K && v->side == GEAR_SIDE_V &&
-           is_attention_view(op->src[1], *k) && is_attention_view(op->src[2], *v) && op->src[0]->type == abi::number().type_f32;
+    return op->op == abi::number().op_flash_attn && k && v && k->side == GEAR_SIDE_K && is_attention_view(op->src[1], *k) &&
+           (k == v ? is_latent_view(op->src[2], op->src[1]) : v->side == GEAR_SIDE_V && is_attention_view(op->src[2], *v)) &&
+           op->src[0]->type == abi::number().type_f32;
+}
+
+int latent_channels(const abi::tensor * op) {
+    return cache_of(op->src[1]) == cache_of(op->src[2]) ? (int) op->src[2]->ne[0] : 0;
 }
 
 bool is_shift(const abi::tensor * op) {
@@ -73,8 +84,11 @@ bool observe(const abi::tensor * op) {
         if (i == 2 && is_row_write(op)) {
             use.n_rows = std::max(use.n_rows, (int) op->src[0]->ne[1]);
         } else if ((i == 1 || i == 2) && is_attention(op)) {
-            use.d_head = (int) op->src[i]->ne[0];
-            use.n_head = (int) op->src[i]->ne[2];
+            use.is_latent = latent_channels(op) > 0;
+            if (i == 1 || !use.is_latent) {
+                use.d_head = (int) op->src[i]->ne[0];
+                use.n_head = (int) op->src[i]->ne[2];
+            }
         } else if (!(i == 0 && is_shift(op)) && use.other.empty()) {
             use.other = abi::ggml().ggml_op_name(op->op);
         }

@@ -21,8 +21,10 @@ kv_device * cache_owner(const abi::tensor * op);
 
 // SET_ROWS of whole rows: cells from src[1], rows from src[0], into src[2].
 bool is_row_write(const abi::tensor * op);
-// FLASH_ATTN_EXT over views of K (src[1]) and V (src[2]).
+// FLASH_ATTN_EXT over views of K (src[1]) and V (src[2]); in latent attention (MLA) V is a view of K's first channels.
 bool is_attention(const abi::tensor * op);
+// How many those are; 0: V has a cache of its own.
+int  latent_channels(const abi::tensor * op);
 // The K-shift: ROPE in place over all cells of src[0], by src[1].
 bool is_shift(const abi::tensor * op);
 

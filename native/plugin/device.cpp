@@ -212,6 +212,11 @@ store_shape kv_device::shape(const cache_tensor & tensor) const {
     return method_.shape(tensor.il, tensor.side, n_head, d_head, tensor.n_cell, tensor.n_stream, std::max(n_ubatch_, tensor.use.n_rows));
 }
 
+bool kv_device::is_latent(const cache_tensor & k) const {
+    const auto known = layers_.find(k.il);
+    return k.use.is_latent || (k.use.n_head == 0 && known != layers_.end() && known->second.d_head_v == 0);
+}
+
 size_t kv_device::estimate(const abi::tensor * tensor, int il, gear_side side) const {
     const size_t nominal = abi::ggml().ggml_nbytes(tensor);
     if (is_window(tensor->ne[1]) || settings::reports_nominal_sizes()) {

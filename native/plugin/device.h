@@ -48,6 +48,8 @@ class kv_device {
     // What a layer is to become, when it is first used.   decides_together: all that are known by then become it
     virtual cache_kind                    kind_of(const cache_layer & layer) const  = 0;
     virtual bool                          decides_together() const                  = 0;
+    // K of a layer that has no V: as the graph uses it, or as the head table says before there is one.
+    bool                                  is_latent(const cache_tensor & k) const;
 
     // Shape of one side of a layer: from what the graph showed, else from the head table; n_head 0: not known.
     store_shape shape(const cache_tensor & tensor) const;

@@ -27,10 +27,11 @@ bool parse_cache_name(const char * name, int & il, gear_side & side);
 
 // What the graph has shown about a cache tensor.
 struct observed_use {
-    int         d_head = 0; // from the attention node that reads it
-    int         n_head = 0;
-    int         n_rows = 0; // most rows of one write
-    std::string other;      // an operation that GEAR does not cover, "" when there was none
+    int         d_head    = 0; // from the attention node that reads it
+    int         n_head    = 0;
+    int         n_rows    = 0;     // most rows of one write
+    bool        is_latent = false; // K is V, too
+    std::string other;             // an operation that GEAR does not cover, "" when there was none
 };
 
 struct cache_tensor {

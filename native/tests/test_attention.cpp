@@ -1,4 +1,5 @@
-// test_attention.cpp - every kernel level against plain attention in f64 on unpacked rows.
+// test_attention.cpp - every kernel level against plain attention in f64 on unpacked rows. A little over 500 lines: short cases of one subject, whose harness
+// is in attention_cases.h already.
 #include "attention_cases.h"
 
 using namespace attention_test;
@@ -234,6 +235,37 @@ void test_queries_choose_the_basis() {
     }
     CHECK(chosen[1] == chosen[2]);
     CHECK(chosen[0] != chosen[1]);
+}
+
+// One store for both: the sizes of DeepSeek and of its small relatives, and some where H does not end with V.
+void test_latent() {
+    const int sizes[][2] = { { 576, 512 }, { 320, 256 }, { 96, 64 }, { 336, 304 }, { 64, 48 } };
+    for (const auto & d : sizes) {
+        for (int kind = 0; kind < 6; ++kind) {
+            shape s;
+            s.is_latent        = true;
+            s.n_head_kv        = kind == 5 ? 2 : 1;
+            s.n_share          = kind == 2 ? 20 : 3;
+            s.d_k              = d[0];
+            s.d_v              = d[1];
+            s.n_stream         = 2;
+            s.is_callback      = kind == 4;
+            gear_config config = config_of(kind == 3 ? 16 : 4, 4, kind == 1 ? 256 : 64);
+            config.k.rotate    = kind % 3;
+            config.k.center    = kind == 1 || kind == 2;
+            config.k.rank      = kind == 1 ? 2 : 0;
+            config.k.sparsity  = kind == 0 || kind == 5 ? 0.02f : 0.0f;
+            cache c(config, s);
+            c.fill(384, 20);
+            for (int n_query : { 1, 11 }) {
+                request r;
+                r.n_query = n_query;
+                r.stream0 = 1;
+                r.mask    = kind == 5 ? masking::scattered : masking::causal;
+                compare("latent " + std::to_string(d[0]) + ", V " + std::to_string(d[1]) + ", kind " + std::to_string(kind), c, r);
+            }
+        }
+    }
 }
 
 void test_exact_sides() {
@@ -475,6 +507,7 @@ int main() {
     test_parts_of_the_codec();
     test_bases();
     test_queries_choose_the_basis();
+    test_latent();
     test_exact_sides();
     test_callback();
     test_extreme_queries();

@@ -237,9 +237,10 @@ abi::tensor * shadow_of(gear_backend & b, abi::tensor * node, cache_tensor *& sh
             replaced->target = &cache_in(*tensor).cells();
             b.expect_packing(*replaced->target);
         } else {
-            replaced->attend = attention_of(attention_params(node, tensor->stream_bytes()), cache_in(*tensor), cache_in(*cache_of(node->src[2])));
-            scratch          = std::max(scratch, attention_scratch_bytes(replaced->attend, b.n_threads));
-            call.fun         = run_attention;
+            replaced->attend =
+                attention_of(attention_params(node, tensor->stream_bytes()), cache_in(*tensor), cache_in(*cache_of(node->src[2])), latent_channels(node));
+            scratch  = std::max(scratch, attention_scratch_bytes(replaced->attend, b.n_threads));
+            call.fun = run_attention;
         }
         replaced->node.op = number.op_custom;
         memcpy(replaced->node.op_params, &call, sizeof call);

@@ -140,6 +140,9 @@ cache_kind cuda_device::kind_of(const cache_layer & layer) const {
                  tensor->il);
         }
     }
+    if (const auto & k = layer.side[GEAR_SIDE_K]; k && !layer.side[GEAR_SIDE_V]) {
+        fail(GEAR_ERROR_UNSUPPORTED, "layer %d: latent attention (MLA), whose V is a part of K, is on the CPU only; set n_gpu_layers=0", k->il);
+    }
     return cache_kind::gear;
 }
 

@@ -8,6 +8,8 @@
 #include "session/store_image.h"
 
 #include <algorithm>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 namespace {
@@ -30,7 +32,23 @@ struct gear_cache {
     gear::cache_method method;
     gear::host_side    k, v;
 
+    // f(threadpool). The threads stay from call to call: a caller that measures an operation does not measure how they start and wake up.
+    template <class F> void with_threads(int n, F && f) {
+        const std::lock_guard<std::mutex> guard(lock);
+        if (!pool || pool->nth() != n || !pool->is_alive()) {
+            pool.reset();
+            pool = std::make_unique<gear::threadpool>(n);
+        }
+        f(*pool);
+    }
+
     gear::host_side & side(const gear_side & side) { return gear::checked_side(side) == GEAR_SIDE_K ? k : v; }
+
+    gear::aligned_buffer scratch; // of attention
+
+  private:
+    std::mutex                        lock;
+    std::unique_ptr<gear::threadpool> pool;
 };
 
 namespace {
@@ -205,7 +223,9 @@ gear_status gear_cache_write(gear_cache * cache, gear_side side, int64_t n, cons
         require(rows, "rows");
         require_threads(n_threads);
         gear::host_side & to = cache->side(side);
-        to.write(n, { cells, sizeof(int64_t), true }, { rows, to.shape().n_embd() * sizeof(float), false }, n_threads);
+        cache->with_threads(n_threads, [&](gear::threadpool & threads) {
+            to.write(n, { cells, sizeof(int64_t), true }, { rows, to.shape().n_embd() * sizeof(float), false }, threads);
+        });
     });
 }
 
@@ -245,7 +265,8 @@ gear_status gear_cache_flush(gear_cache * cache, gear_side side, int32_t n_threa
     return gear::guarded([&] {
         require(cache, "cache");
         require_threads(n_threads);
-        cache->side(side).flush(n_threads, false);
+        gear::host_side & of = cache->side(side);
+        cache->with_threads(n_threads, [&](gear::threadpool & threads) { of.flush(threads, false); });
     });
 }
 
@@ -264,10 +285,10 @@ gear_status gear_cache_attend(gear_cache * cache, const gear_attention_params * 
         require_threads(n_threads);
         check_attention(*params, cache->k.shape());
         const gear::attention_op op = gear::attention_of(*params, cache->k, cache->v);
-
-        gear::aligned_buffer scratch;
-        void *               data = scratch.reserve(gear::attention_scratch_bytes(op, n_threads));
-        gear::run_team(n_threads, [&](const gear::team & t) { gear::attention(op, t, data); });
+        cache->with_threads(n_threads, [&](gear::threadpool & threads) {
+            void * data = cache->scratch.reserve(gear::attention_scratch_bytes(op, n_threads));
+            threads.run([&](const gear::team & t) { gear::attention(op, t, data); });
+        });
     });
 }
 

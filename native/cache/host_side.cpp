@@ -10,10 +10,10 @@ namespace gear {
 
 namespace {
 
-// Run an operation of the store on a team of threads; all of them get the same answer from it.
-template <class F> void run_on(store & cells, int n_threads, F && operation) {
+// Run an operation of the store on all threads of a pool; all of them get the same answer from it.
+template <class F> void run_on(store & cells, threadpool & threads, F && operation) {
     bool ok = true;
-    run_team(n_threads, [&](const team & t) {
+    threads.run([&](const team & t) {
         const bool done = operation(t);
         if (t.ith == 0) {
             ok = done;
@@ -28,19 +28,25 @@ template <class F> void run_on(store & cells, int n_threads, F && operation) {
 
 host_side::host_side(const store_shape & shape, const cache_method & method) : codec_(method.codec(shape)), cells_(shape, codec_.codec) {}
 
-void host_side::write(int64_t n, const cell_source & cells, const row_source & rows, int n_threads) {
-    run_on(cells_, n_threads, [&](const team & t) { return cells_.write(t, n, cells, rows); });
+void host_side::write(int64_t n, const cell_source & cells, const row_source & rows, threadpool & threads) {
+    run_on(cells_, threads, [&](const team & t) { return cells_.write(t, n, cells, rows); });
 }
 
-void host_side::flush(int n_threads, bool full_only) {
-    run_on(cells_, n_threads, [&](const team & t) { return cells_.flush(t, full_only); });
+void host_side::flush(threadpool & threads, bool full_only) {
+    run_on(cells_, threads, [&](const team & t) { return cells_.flush(t, full_only); });
+}
+
+void host_side::pack_full(int n_threads) {
+    threadpool threads(n_threads);
+    flush(threads, true);
 }
 
 void host_side::write(int64_t n, const int64_t * cells, const uint16_t * rows) {
     const int64_t n_embd = shape().n_embd();
+    threadpool    caller_alone(1);
     for (int64_t begin = 0, n_now = 0; begin < n; begin += n_now) {
         n_now = std::min<int64_t>(n - begin, shape().n_ubatch);
-        write(n_now, { cells + begin, sizeof(int64_t), true }, { rows + begin * n_embd, (size_t) n_embd * sizeof(uint16_t), true }, 1);
+        write(n_now, { cells + begin, sizeof(int64_t), true }, { rows + begin * n_embd, (size_t) n_embd * sizeof(uint16_t), true }, caller_alone);
     }
 }
 

@@ -20,9 +20,9 @@ class host_side final : public side_cache {
     const tile_codec *  codec() const { return codec_.codec.get(); }
     const tile_layout * layout() const { return codec_.layout; }
 
-    // Rows of any type, and any number of them, by n_threads threads at once.
-    void write(int64_t n, const cell_source & cells, const row_source & rows, int n_threads);
-    void flush(int n_threads, bool full_only);
+    // Rows of any type, and any number of them, by all threads of a pool at once.
+    void write(int64_t n, const cell_source & cells, const row_source & rows, threadpool & threads);
+    void flush(threadpool & threads, bool full_only);
 
     const store_shape & shape() const override { return cells_.shape(); }
     bool                has_codec() const override { return codec_.codec != nullptr; }
@@ -31,7 +31,7 @@ class host_side final : public side_cache {
     void                erase(int64_t cell, int64_t n) override { cells_.erase(cell, n); }
     bool                copy_stream(int from, const side_cache & source, int to) override;
     void                update(const uint8_t * marked, const shift_memory &, const rewrite & f) override { cells_.update(marked, f); }
-    void                pack_full(int n_threads) override { flush(n_threads, true); }
+    void                pack_full(int n_threads) override;
     gear_store_stats    stats() const override { return cells_.stats(); }
     void                read_store(const reader & f) override { f(cells_, codec()); }
     void                change_store(const changer & f) override;

@@ -1,12 +1,25 @@
-// team.h - the threads that run one op together: (ith, nth) and a barrier. Inside llama.cpp the threads are ggml's own; in tests and micro-benchmarks
-// run_team starts them.
+// team.h - the threads that run one op together: (ith, nth) and a barrier. Inside llama.cpp the threads are ggml's own; elsewhere a threadpool has them.
 #pragma once
 
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <thread>
 
 namespace gear {
+
+// Between two looks at what another thread is to do. `spin` counts the looks; after so many it is likely that there are more threads than cores.
+inline void pause(int spin, int n_before_yield) {
+    if (spin > n_before_yield) { // let the others run
+        std::this_thread::yield();
+        return;
+    }
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
 
 // Reusable: every thread of the team calls wait() the same number of times.
 class barrier {
@@ -22,22 +35,11 @@ class barrier {
             return;
         }
         for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
-            if (spin > 10000) { // more threads than cores: let the others run
-                std::this_thread::yield();
-            } else {
-                relax();
-            }
+            pause(spin, 2000); // 50 us on a Zen 4: tasks are of one size, so who waits longer waits for a thread that has no core
         }
     }
 
   private:
-    static void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        asm volatile("yield");
-#endif
-    }
     alignas(64) std::atomic<int> arrived_{ 0 };
     alignas(64) std::atomic<int> phase_{ 0 };
 };
@@ -49,8 +51,30 @@ struct team {
     void      wait() const { sync->wait(nth); }
 };
 
-// Run f, which must not throw, on nth threads of its own (tests, micro-benchmarks); the caller is thread 0. Throws gear::error or std::bad_alloc, and
-// runs f on none of them, when the system does not give that many threads.
+// Threads that stay from op to op. One that has nothing to do looks out for work for a few milliseconds before it sleeps, as ggml's threads do: an op that
+// follows the last one closely waits for no thread to wake up, which takes up to a millisecond.
+class threadpool {
+  public:
+    // The caller of run() is thread 0, the pool starts nth - 1 more. Throws gear::error or std::bad_alloc when the system does not give them.
+    explicit threadpool(int nth);
+    ~threadpool();
+    threadpool(const threadpool &)             = delete;
+    threadpool & operator=(const threadpool &) = delete;
+
+    int  nth() const { return nth_; }
+    // The threads are there. Not in a process that was forked off since.
+    bool is_alive() const;
+    // f, which must not throw, on all threads. One caller at a time.
+    void run(const std::function<void(const team &)> & f);
+
+  private:
+    struct workers;
+    int                      nth_;
+    int                      process_;
+    std::unique_ptr<workers> workers_;
+};
+
+// Run f on a threadpool of its own. Throws as the threadpool does, and runs f on no thread then.
 void run_team(int nth, const std::function<void(const team &)> & f);
 
 } // namespace gear

@@ -232,6 +232,7 @@ typedef struct gear_attention_params {
     int64_t          out_stride[3];  // of a head, a query, a stream
 } gear_attention_params;
 
+// The threads of an operation stay with the cache for the next one with as many; one operation of a cache runs at a time.
 GEAR_API gear_cache * gear_cache_new(const gear_cache_params * params); // NULL: see gear_last_error
 GEAR_API void         gear_cache_free(gear_cache * cache);
 

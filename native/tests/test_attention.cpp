@@ -1,4 +1,5 @@
-// test_attention.cpp - every kernel level against plain attention in f64 on unpacked rows.
+// test_attention.cpp - every kernel level against plain attention in f64 on unpacked rows. A little over 500 lines: short cases of one subject, whose
+// harness is in attention_cases.h already.
 #include "attention_cases.h"
 
 using namespace attention_test;

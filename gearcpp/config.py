@@ -6,13 +6,16 @@ This module needs nothing but the standard library; the native library checks a 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from .errors import ConfigError
 
 Rotation = bool | Literal["auto"]
+LayerFields = tuple[tuple[int, tuple[tuple[str, Any], ...]], ...]
+_OF_ALL_LAYERS = ("tile", "n_tail", "n_sink", "seed", "layers")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class GearConfig:
         n_tail: the last rows written that stay exact (f16), at least.
         n_sink: the first cells of each stream that stay exact.
         seed: of the power iteration's start vectors.
+        layers: what is otherwise in some layers, fields by layer: ``{0: {"bits_k": 6}, -1: {"bits_k": 6, "bits_v": 5}}``. Negative numbers count from the
+            last layer. All fields but tile, n_tail, n_sink and seed can be. Kept as sorted pairs.
     """
 
     bits_k: int = 4
@@ -58,6 +63,10 @@ class GearConfig:
     n_tail: int = 128
     n_sink: int = 4
     seed: int = 1
+    layers: LayerFields | Mapping[Any, Mapping[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _sorted_layers(self.layers))
 
     def replace(self, **changes: Any) -> GearConfig:
         """A copy with some fields changed; unknown fields are a ConfigError."""
@@ -65,11 +74,78 @@ class GearConfig:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name."""
-        return asdict(self)
+        """All fields by name; ``layers`` only where there are some, by their numbers as text, as JSON has them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        return values | ({"layers": {str(il): dict(changes) for il, changes in self.layers}} if self.layers else {})
+
+    def of_layer(self, il: int, n_layer: int) -> GearConfig:
+        """The configuration of one layer, without exceptions.
+
+        Args:
+            il: its number, from 0.
+            n_layer: layers of the model.
+        """
+        changes = {name: value for number, some in self.layers if number % n_layer == il for name, value in some}
+        return replace(self, layers=(), **changes)
+
+    def check_layers(self, n_layer: int, cached: Sequence[int]) -> None:
+        """Raise ConfigError for settings of a layer that a model does not have, or that has no KV cache, and for those of one under two numbers.
+
+        Args:
+            n_layer: layers of the model.
+            cached: those with a KV cache of their own.
+        """
+        seen: dict[int, int] = {}
+        for il, _ in self.layers:
+            if not -n_layer <= il < n_layer:
+                raise ConfigError(f"layer {il} has settings of its own, but the model has layers 0 to {n_layer - 1}")
+            if il % n_layer not in cached:
+                numbers = ", ".join(map(str, cached))
+                raise ConfigError(f"layer {il} has settings of its own, but no KV cache of its own; those that have one: {numbers}")
+            if il % n_layer in seen:
+                raise ConfigError(f"layer {il} is layer {seen[il % n_layer]}, too: put its settings together")
+            seen[il % n_layer] = il
+
+    def to_text(self) -> str:
+        """All fields as GEARCPP_KV has them.
+
+        Raises:
+            ConfigError: a layer is counted from the last one.
+        """
+
+        def pairs(values: Mapping[str, Any], before: str = "") -> list[str]:
+            return [f"{before}{name}={int(value) if isinstance(value, bool) else value}" for name, value in values.items()]
+
+        last = [il for il, _ in self.layers if il < 0]
+        if last:
+            raise ConfigError(f"layer {last[0]}: a program that loads the plugin does not know the last layer yet; count from 0")
+        return ",".join(pairs(replace(self, layers=()).to_dict()) + [pair for il, some in self.layers for pair in pairs(dict(some), f"{il}.")])
+
+
+def _sorted_layers(layers: Any) -> LayerFields:
+    pairs = list(layers.items()) if isinstance(layers, Mapping) else list(layers) if isinstance(layers, (tuple, list)) else None
+    if pairs is None:
+        raise ConfigError(f"layers must be a mapping of layers to their fields, such as {{0: {{'bits_k': 6}}}}, not {layers!r}")
+    known = [f.name for f in fields(GearConfig) if f.name not in _OF_ALL_LAYERS]
+    made: dict[int, tuple[tuple[str, Any], ...]] = {}
+    for il, changes in pairs:
+        if isinstance(il, bool) or not re.fullmatch(r"-?\d+", str(il)):
+            raise ConfigError(f"layers: {il!r} is not the number of a layer")
+        if not isinstance(changes, (Mapping, tuple, list)):
+            raise ConfigError(f"layer {il}: its settings must be fields by name, such as {{'bits_k': 6}}, not {changes!r}")
+        some = dict(changes)
+        for name in some:
+            if name in _OF_ALL_LAYERS:
+                raise ConfigError(f"layer {il}: {name} is the same for all layers")
+        check_names(some, known, f"field of layer {il}:")
+        if int(il) in made:
+            raise ConfigError(f"layer {il} has settings of its own twice: put them together")
+        made[int(il)] = tuple(sorted(some.items()))
+    return tuple(sorted((il, some) for il, some in made.items() if some))
 
 
 _PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False)  # D, L and S as in the paper
+
 
 # Every preset by name. "gear" is the default. Chosen by measurement: see docs/.
 PRESETS: dict[str, GearConfig] = {
@@ -136,6 +212,11 @@ def check_config(config: GearConfig) -> None:
     for name in ("center_k", "center_v"):
         if getattr(config, name) and config.sparsity:
             raise ConfigError(f"{name} must be False where there are outliers (sparsity={config.sparsity}): exact values and a mean do not go together")
+    for il, changes in config.layers:
+        try:
+            check_config(replace(config, layers=(), **dict(changes)))
+        except ConfigError as error:
+            raise ConfigError(f"layer {il}: {error}") from None
 
 
 def check_names(given: Mapping[str, Any], known: list[str], what: str) -> None:

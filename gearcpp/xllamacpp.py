@@ -117,7 +117,7 @@ def _load(module: Any, kv: KVType) -> None:
         if ggml.ggml_backend_dev_by_name(_FIRST_DEVICE):
             raise ConfigError("the plugin was loaded before, by GGML_BACKEND_PATH; unset that variable, or set GEARCPP_KV instead of calling use()")
         kept = os.environ.get("GEARCPP_KV")
-        os.environ["GEARCPP_KV"] = ",".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in kv.gear.to_dict().items())
+        os.environ["GEARCPP_KV"] = kv.gear.to_text()
         try:
             if not ggml.ggml_backend_load(str(native.library_path()).encode()):
                 raise native.last_error()

@@ -105,7 +105,7 @@ def test_memory_is_as_predicted(name: str, model: Model) -> None:
 def test_what_the_layers_are(name: str, model: Model) -> None:
     """Before anything is loaded, and after: the same kinds, the same bytes, for every layer."""
     if not packable(name):
-        with pytest.raises(UnsupportedError, match=r"no layer's heads can be packed|nothing of this model's KV cache"):
+        with pytest.raises(UnsupportedError, match="nothing of this model's KV cache could be compressed"):
             load(model(name), "gear", n_ctx=4096, n_ubatch=512, n_batch=512)
         return
     family, info = FAMILIES[name], read_model_info(model(name))

@@ -92,7 +92,7 @@ class SideAllocation:
 
 def allocated(kv: KVType, info: ModelInfo, allocation: Allocation) -> list[SideAllocation]:
     """K and V of all layers, as llama.cpp will make them."""
-    return [side for layer in info.cached_layers for side in _sides(kv, layer, allocation)]
+    return [side for layer in info.cached_layers for side in _sides(kv, info, layer, allocation)]
 
 
 def cache_bytes(kv: KVType, info: ModelInfo, allocation: Allocation) -> int:
@@ -107,7 +107,7 @@ def state_bytes(info: ModelInfo, allocation: Allocation) -> int:
     return info.state_bytes * max(allocation.n_seq, 1)
 
 
-def _sides(kv: KVType, layer: KVLayer, allocation: Allocation) -> list[SideAllocation]:
+def _sides(kv: KVType, info: ModelInfo, layer: KVLayer, allocation: Allocation) -> list[SideAllocation]:
     n_cell = allocation.cells(layer)
     sides: list[tuple[native.Side, int]] = [("k", layer.d_head_k)] if layer.v_in_k else [("k", layer.d_head_k), ("v", layer.d_head_v)]
     made = []
@@ -123,9 +123,10 @@ def _sides(kv: KVType, layer: KVLayer, allocation: Allocation) -> list[SideAlloc
             made.append(SideAllocation(layer.il, side, OTHER_USE, n_cell, f16_bytes, f16_bytes, 16.0))
         else:
             heads = (layer.n_head_kv, layer.d_head_k, layer.d_head_v)
-            n_bytes, number = native.side_bytes(kv.gear, layer.il, heads, side, n_cell, allocation.n_ubatch)
-            kind = kind_of(number, layer, allocation, unpackable_heads(kv, layer))
-            bits = native.bits_per_element(kv.gear, side, d_head) if kind == GEAR else 16.0
+            config = kv.gear.of_layer(layer.il, info.n_layer)
+            n_bytes, number = native.side_bytes(config, layer.il, heads, side, n_cell, allocation.n_ubatch)
+            kind = kind_of(number, layer, allocation, unpackable_heads(kv, info, layer))
+            bits = native.bits_per_element(config, side, d_head) if kind == GEAR else 16.0
             made.append(SideAllocation(layer.il, side, kind, n_cell, n_bytes, f16_bytes, bits))
     return made
 
@@ -148,12 +149,12 @@ def kind_of(number: int, layer: KVLayer | None, allocation: Allocation, heads: s
     return (GEAR, "", OTHER_USE, ASKED)[number]
 
 
-def unpackable_heads(kv: KVType, layer: KVLayer) -> str:
+def unpackable_heads(kv: KVType, info: ModelInfo, layer: KVLayer) -> str:
     """Why the heads of a layer cannot be packed; "" if they can."""
     if not kv.gear:
         return ""
     try:
-        native.check_heads(kv.gear, layer.d_head_k, layer.d_head_v or layer.d_head_k)
+        native.check_heads(kv.gear.of_layer(layer.il, info.n_layer), layer.d_head_k, layer.d_head_v or layer.d_head_k)
     except UnsupportedError:
         sizes = str(layer.d_head_k) if layer.d_head_k == layer.d_head_v else f"{layer.d_head_k} (K) and {layer.d_head_v} (V)"
         return f"heads of {sizes} channels cannot be packed"

@@ -46,6 +46,7 @@ class GearDevice:
         self._device = native.ffi.NULL
         self._placement = placement or Placement()
         info.check_gear()
+        config.check_layers(info.n_layer, [layer.il for layer in info.layers])
         _check_heads(info, config)
         if info.is_latent and not self._placement.on_cpu:
             raise UnsupportedError(
@@ -65,12 +66,14 @@ class GearDevice:
                 "n_ubatch": n_ubatch,
                 "device": (names := native.ffi.new("char[]", ",".join(self._placement.devices).encode())),
                 "codec": self._callback,
+                "exceptions": (exceptions := self._exceptions(info, config)),
+                "n_exception": len(exceptions),
             },
         )
         self._device = native.lib.gear_device_new(params)
         if self._device == native.ffi.NULL:
             raise native.last_error()
-        del names  # which had to live until here
+        del names, exceptions  # which had to live until here
         # Both are what a llama_model_params points to.
         self._list = native.ffi.new("void *[]", [native.lib.gear_device_ggml(self._device, i) for i in range(len(self._placement.devices) + 1)])
         shares = self._placement.shares
@@ -154,6 +157,12 @@ class GearDevice:
             native.lib.gear_device_free(self._device)
             self._device = native.ffi.NULL
 
+    @staticmethod
+    def _exceptions(info: ModelInfo, config: GearConfig) -> Any:
+        """The configurations of the layers that have one of their own, as the library wants them."""
+        numbers = [il % info.n_layer for il, _ in config.layers]
+        return native.ffi.new("gear_layer_config[]", [(il, native.config_to_c(config.of_layer(il, info.n_layer))[0]) for il in numbers])
+
     def _make_callback(self, codec: Codec) -> Any:
         ffi = native.ffi
 
@@ -179,11 +188,14 @@ class GearDevice:
 def _check_heads(info: ModelInfo, config: GearConfig) -> None:
     """Raise UnsupportedError when no layer's heads can be packed; a family with heads of several sizes keeps those that cannot as f16."""
     failures: list[UnsupportedError] = []
-    sizes = {(layer.d_head_k, layer.d_head_v) for layer in info.layers}
-    for d_head_k, d_head_v in sizes:
+    own = {il % info.n_layer: il for il, _ in config.layers}
+    kinds = {(config.of_layer(layer.il, info.n_layer), layer.d_head_k, layer.d_head_v, own.get(layer.il)) for layer in info.layers}
+    for settings, d_head_k, d_head_v, il in kinds:
         try:
-            native.check_heads(config, d_head_k, d_head_v or d_head_k)
+            native.check_heads(settings, d_head_k, d_head_v or d_head_k)
         except UnsupportedError as error:
+            if il is not None:
+                raise UnsupportedError(f"{info.path.name}: layer {il} cannot have the settings given for it: {error}") from None
             failures.append(error)
-    if sizes and len(failures) == len(sizes):
+    if kinds and len(failures) == len(kinds):
         raise UnsupportedError(f"{info.path.name}: {failures[0]}; use kv_type='f16' for this model")

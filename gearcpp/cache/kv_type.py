@@ -73,7 +73,8 @@ def normalize_kv_type(kv_type: KVTypeLike, *, recorder: Any = None) -> KVType:
     Args:
         kv_type: a preset name ("gear", "gear3", ...), one of llama.cpp's types ("f16", "q8_0", ...), a pair of the latter for K and V,
             a `GearConfig`, a mapping of GearConfig fields, or a `KVType`; a method of `gearcpp.reference`, or its name as "sim:NAME", which codes the
-            tiles in place of the native codec. A preset may be changed in parentheses, "gear2(rotate_k=False, n_tail=256)". A name may end in "+tailN",
+            tiles in place of the native codec. A preset may be changed in parentheses, "gear2(rotate_k=False, n_tail=256)", also in one layer alone,
+            "gear2(0.bits_k=4, -1.bits_k=4)". A name may end in "+tailN",
             which keeps the last N rows exact; one of llama.cpp's types gets its tail through the reference method of the same name.
         recorder: what methods that are calibrated read beforehand (`gearcpp.reference.record`), or a function that gives it.
 
@@ -133,18 +134,31 @@ def _changed(preset: str, changes: str) -> KVType:
     if not base:
         raise ConfigError(f"{preset!r} has no fields to change: {preset}(...) is for GEAR's presets, {', '.join(PRESETS)}")
     fields: dict[str, Any] = {}
+    layers = {il: dict(some) for il, some in base.layers}
     for part in filter(None, (part.strip() for part in changes.split(","))):
         field, equal, value = (text.strip() for text in part.partition("="))
         if not equal:
             raise ConfigError(f"{preset}({changes}): write fields as in {preset}(rotate_k=False, n_tail=256)")
         words = {"true": True, "false": False, "auto": "auto"}
+        il, point, name = field.partition(".")
+        if point and not re.fullmatch(r"-?\d+", il):
+            raise ConfigError(f"{preset}({changes}): {il!r} is not the number of a layer; write one as in {preset}(0.bits_k=6)")
+        target, field = (layers.setdefault(int(il), {}), name) if point else (fields, field)
         try:
-            fields[field] = words[value] if value in words else float(value) if "." in value else int(value)
+            target[field] = words[value] if value in words else float(value) if "." in value else int(value)
         except ValueError:
             raise ConfigError(f"{preset}({changes}): {value!r} is neither a number nor True, False or auto") from None
-    config = base.replace(**fields)
+    config = base.replace(**fields, **({"layers": layers} if layers else {}))
     check_config(config)
-    return KVType(f"{preset}({','.join(f'{name}={value}' for name, value in fields.items())})", config)
+    return KVType(f"{preset}({','.join([*_pairs(fields), *_layer_pairs(config)])})", config)
+
+
+def _pairs(fields: Mapping[str, Any], before: str = "") -> list[str]:
+    return [f"{before}{name}={value}" for name, value in fields.items()]
+
+
+def _layer_pairs(config: GearConfig) -> list[str]:
+    return [pair for il, some in config.layers for pair in _pairs(dict(some), f"{il}.")]
 
 
 TAIL_SHARE = 8  # a tail that grows with the sequences takes at most one in so many cells of the context
@@ -189,5 +203,5 @@ def _name_of(config: GearConfig) -> str:
         if preset == config:
             return name
     default = GearConfig()
-    changed = [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
-    return f"gear({','.join(changed)})"
+    names = [f.name for f in fields(config) if f.name != "layers" and getattr(config, f.name) != getattr(default, f.name)]
+    return f"gear({','.join([*_pairs({name: getattr(config, name) for name in names}), *_layer_pairs(config)])})"

@@ -32,7 +32,7 @@ def gear_layers(
         operation: which operation that GEAR does not cover is used on a layer's cache, "" for none.
     """
     by_il = {layer.il: layer for layer in info.layers}
-    heads = {il: unpackable_heads(kv, layer) for il, layer in by_il.items()}
+    heads = {il: unpackable_heads(kv, info, layer) for il, layer in by_il.items()}
     return [
         {
             **store,

@@ -186,11 +186,11 @@ int64_t gear_side_bytes(const gear_config * config, const gear_layer * layer, ge
         gear::check_shape(v);
         const gear::store_shape & shape  = side == GEAR_SIDE_K ? k : v;
         // In the order in which a device decides (plugin/cpu/device.cpp).
-        const bool                is_f16 = method.is_f16(), is_window = method.is_window(n_cell, n_ubatch);
-        const bool                has_heads = is_f16 || is_window || method.has_heads(k.d_head, v.d_head);
+        const bool                is_f16 = method.is_f16(layer->il), is_window = method.is_window(n_cell, n_ubatch);
+        const bool                has_heads = is_f16 || is_window || method.has_heads(layer->il, k.d_head, v.d_head);
         const bool                is_packed = !is_f16 && !is_window && has_heads && method.gains(k, v);
         if (kind) {
-            *kind = is_packed && !method.is_f16(side) ? 0 : is_packed || is_f16 ? 3 : has_heads ? 1 : 2;
+            *kind = is_packed && !method.is_f16(layer->il, side) ? 0 : is_packed || is_f16 ? 3 : has_heads ? 1 : 2;
         }
         bytes = (int64_t) (is_packed ? method.bytes(shape) : gear::row_bytes(shape) * (size_t) (n_cell * n_stream));
     });

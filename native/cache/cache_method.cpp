@@ -2,22 +2,39 @@
 
 #include "cache/gear_codec.h"
 #include "codec/codec.h"
+#include "common/error.h"
 #include "common/settings.h"
 #include "store/store_parts.h"
 
+#include <string>
+
 namespace gear {
 
-cache_method::cache_method(const gear_config & config, gear_codec_callback callback, void * callback_user)
-    : config_(config), callback_(callback), callback_user_(callback_user) {
+cache_method::cache_method(const gear_config & config, gear_codec_callback callback, void * callback_user, const exceptions & by_layer)
+    : config_(config), by_layer_(by_layer), callback_(callback), callback_user_(callback_user) {
     check_config(config);
+    for (const auto & [il, other] : by_layer_) {
+        if (gear_config_check(&other) != GEAR_OK) {
+            const std::string reason = gear_last_error();
+            fail(GEAR_ERROR_INVALID, "layer %d: %s", il, reason.c_str());
+        }
+        if (il < 0 || other.tile != config.tile || other.n_tail != config.n_tail || other.n_sink != config.n_sink || other.seed != config.seed) {
+            fail(GEAR_ERROR_INVALID, "layer %d: tile, n_tail, n_sink and seed are those of all layers, which count from 0", il);
+        }
+    }
 }
 
-bool cache_method::is_f16(gear_side side) const {
-    return (side == GEAR_SIDE_K ? config_.k : config_.v).bits == 16;
+const gear_config & cache_method::config(int il) const {
+    const auto other = by_layer_.find(il);
+    return other == by_layer_.end() ? config_ : other->second;
 }
 
-bool cache_method::has_heads(int d_head_k, int d_head_v) const {
-    return gear_head_check(&config_, d_head_k, d_head_v) == GEAR_OK;
+bool cache_method::is_f16(int il, gear_side side) const {
+    return (side == GEAR_SIDE_K ? config(il).k : config(il).v).bits == 16;
+}
+
+bool cache_method::has_heads(int il, int d_head_k, int d_head_v) const {
+    return gear_head_check(&config(il), d_head_k, d_head_v) == GEAR_OK;
 }
 
 bool cache_method::is_window(int64_t n_cell, int n_ubatch) const {
@@ -40,21 +57,21 @@ store_shape cache_method::shape(int il, gear_side side, int n_head, int d_head, 
 }
 
 side_codec cache_method::codec(const store_shape & shape) const {
-    if (is_f16(shape.side)) {
+    if (is_f16(shape.il, shape.side)) {
         return {};
     }
     if (callback_) {
-        return { std::make_shared<callback_tile_codec>(config_, shape.il, shape.side, shape.d_head, callback_, callback_user_), nullptr };
+        return { std::make_shared<callback_tile_codec>(config(shape.il), shape.il, shape.side, shape.d_head, callback_, callback_user_), nullptr };
     }
-    const auto codec = std::make_shared<gear_tile_codec>(config_, shape.side, shape.d_head);
+    const auto codec = std::make_shared<gear_tile_codec>(config(shape.il), shape.side, shape.d_head);
     return { codec, &codec->layout() };
 }
 
 size_t cache_method::bytes(const store_shape & shape) const {
     size_t tile_bytes = 0;
-    if (!is_f16(shape.side)) {
-        tile_bytes =
-            callback_ ? callback_tile_codec::tile_bytes(config_, shape.d_head) : (size_t) make_layout(config_, shape.side, shape.d_head).part.bytes;
+    if (!is_f16(shape.il, shape.side)) {
+        tile_bytes = callback_ ? callback_tile_codec::tile_bytes(config(shape.il), shape.d_head)
+                               : (size_t) make_layout(config(shape.il), shape.side, shape.d_head).part.bytes;
     }
     return store::bytes(shape, tile_bytes);
 }

@@ -5,6 +5,7 @@
 #include "codec/tile.h"
 #include "store/store.h"
 
+#include <map>
 #include <memory>
 
 namespace gear {
@@ -17,14 +18,19 @@ struct side_codec {
 
 class cache_method {
   public:
-    // Throws gear::error when the configuration is out of range.
-    explicit cache_method(const gear_config & config, gear_codec_callback callback = nullptr, void * callback_user = nullptr);
+    using exceptions = std::map<int, gear_config>; // by layer
 
-    const gear_config & config() const { return config_; }
+    // Throws gear::error when the configuration, or that of an exception, is out of range, or exceptions change what all layers share.
+    explicit cache_method(const gear_config & config, gear_codec_callback callback = nullptr, void * callback_user = nullptr,
+                          const exceptions & by_layer = {});
 
-    bool is_f16(gear_side side) const;
-    bool is_f16() const { return is_f16(GEAR_SIDE_K) && is_f16(GEAR_SIDE_V); }
-    bool has_heads(int d_head_k, int d_head_v) const; // heads of these sizes can be packed
+    const gear_config & config() const { return config_; } // of what all layers share: tile, tail, sinks, seed
+    const gear_config & config(int il) const;
+    const exceptions &  by_layer() const { return by_layer_; }
+
+    bool is_f16(int il, gear_side side) const;
+    bool is_f16(int il) const { return is_f16(il, GEAR_SIDE_K) && is_f16(il, GEAR_SIDE_V); }
+    bool has_heads(int il, int d_head_k, int d_head_v) const; // heads of these sizes can be packed
     // The pool of exact rows would hold all of a cache with so few cells.
     bool is_window(int64_t n_cell, int n_ubatch) const;
     // Packed, the sides of a layer take less memory than as f16. Not asked where a caller's codec packs, which saves none.
@@ -37,6 +43,7 @@ class cache_method {
 
   private:
     gear_config         config_;
+    exceptions          by_layer_;
     gear_codec_callback callback_;
     void *              callback_user_;
 };

@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <map>
 #include <string>
+#include <utility>
 
 namespace gear {
 
@@ -78,11 +80,22 @@ void set_field(gear_config & c, const std::string & name, const std::string & va
     fail(GEAR_ERROR_INVALID, "GEARCPP_KV: unknown setting '%s'; settings are GearConfig's fields, as in bits_k=3,bits_v=3", name.c_str());
 }
 
+// Of a layer, counted from 0: how many there are is not known yet.
+int layer_number(const std::string & text) {
+    char *     end    = nullptr;
+    const long number = strtol(text.c_str(), &end, 10);
+    if (text.empty() || *end != '\0' || number < 0 || number > INT16_MAX) {
+        fail(GEAR_ERROR_INVALID, "GEARCPP_KV: '%s' is not the number of a layer, counted from 0, as in 0.bits_k=6", text.c_str());
+    }
+    return (int) number;
+}
+
 } // namespace
 
-gear_config config_from_text(const char * text) {
-    gear_config c    = gear_config_default();
-    std::string rest = text ? text : "";
+text_config config_from_text(const char * text) {
+    text_config                                                     made = { gear_config_default(), {} };
+    std::map<int, std::vector<std::pair<std::string, std::string>>> by_layer; // applied when all that layers share is known
+    std::string                                                     rest = text ? text : "";
     while (!rest.empty()) {
         const size_t      comma = std::min(rest.find(','), rest.size());
         const std::string part  = rest.substr(0, comma);
@@ -90,11 +103,24 @@ gear_config config_from_text(const char * text) {
         if (equal == std::string::npos) {
             fail(GEAR_ERROR_INVALID, "GEARCPP_KV: '%s' has no '='; write settings as bits_k=3,bits_v=3", part.c_str());
         }
-        set_field(c, part.substr(0, equal), part.substr(equal + 1));
+        const std::string name = part.substr(0, equal), value = part.substr(equal + 1);
+        const size_t      point = name.find('.');
+        if (point == std::string::npos) {
+            set_field(made.config, name, value);
+        } else {
+            by_layer[layer_number(name.substr(0, point))].emplace_back(name.substr(point + 1), value);
+        }
         rest.erase(0, comma + 1);
     }
-    check_config(c);
-    return c;
+    check_config(made.config);
+    for (const auto & [il, settings] : by_layer) {
+        gear_config c = made.config;
+        for (const auto & [name, value] : settings) {
+            set_field(c, name, value);
+        }
+        made.exceptions.push_back({ il, c });
+    }
+    return made;
 }
 
 } // namespace gear

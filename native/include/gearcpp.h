@@ -288,14 +288,22 @@ typedef double (*gear_codec_callback)(void * user, int32_t il, int32_t side, int
 
 typedef struct gear_device gear_device; // what one model's layers are put on: one ggml device, or several
 
+// What another configuration codes the cache of one layer with. Tile, tail, sinks and seed are those of all layers.
+typedef struct gear_layer_config {
+    int32_t     il;
+    gear_config config;
+} gear_layer_config;
+
 typedef struct gear_device_params {
-    gear_config         config;
-    const gear_layer *  layers;   // per-layer head table; NULL: taken from the graph when llama.cpp reserves it
-    int32_t             n_layer;  // entries of layers
-    int32_t             n_ubatch; // most rows of one write, 0: 512 until the graph says otherwise
-    const char *        device;   // ggml devices to wrap, as in "CUDA0,CUDA1", NULL: gear_default_devices()
-    gear_codec_callback codec;    // NULL: the codec of config
-    void *              codec_user;
+    gear_config               config;
+    const gear_layer *        layers;   // per-layer head table; NULL: taken from the graph when llama.cpp reserves it
+    int32_t                   n_layer;  // entries of layers
+    int32_t                   n_ubatch; // most rows of one write, 0: 512 until the graph says otherwise
+    const char *              device;   // ggml devices to wrap, as in "CUDA0,CUDA1", NULL: gear_default_devices()
+    gear_codec_callback       codec;    // NULL: the codec of config
+    void *                    codec_user;
+    const gear_layer_config * exceptions; // layers that are coded otherwise, each once, in any order
+    int32_t                   n_exception;
 } gear_device_params;
 
 GEAR_API gear_device * gear_device_new(const gear_device_params * params); // NULL: see gear_last_error

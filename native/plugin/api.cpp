@@ -47,6 +47,19 @@ void check_layer(const gear_layer & layer) {
     }
 }
 
+// Where the caller names the layers, settings are for one of them, whose heads can take them.
+void check_exception(const gear_layer_config & exception, const gear_device_params & params) {
+    const gear_layer * end   = params.layers + params.n_layer;
+    const gear_layer * layer = std::find_if(params.layers, end, [&](const gear_layer & layer) { return layer.il == exception.il; });
+    if (params.n_layer > 0 && layer == end) {
+        gear::fail(GEAR_ERROR_INVALID, "layer %d has settings of its own, but no KV cache", exception.il);
+    }
+    if (params.n_layer > 0 && gear_head_check(&exception.config, layer->d_head_k, layer->d_head_v) == GEAR_ERROR_INVALID) {
+        const std::string reason = gear_last_error();
+        gear::fail(GEAR_ERROR_INVALID, "layer %d: %s", exception.il, reason.c_str());
+    }
+}
+
 std::mutex    plugin_lock;
 gear_device * plugin_device = nullptr; // lives as long as the process: llama.cpp never gives a registered device back
 
@@ -82,6 +95,11 @@ gear_device * gear_device_new(const gear_device_params * params) {
         require(params->n_layer >= 0 && (params->layers || params->n_layer == 0), "n_layer says how many layers there are, and layers is where they are");
         for (int32_t i = 0; i < params->n_layer; ++i) {
             check_layer(params->layers[i]);
+        }
+        require(params->n_exception >= 0 && (params->exceptions || params->n_exception == 0),
+                "n_exception says how many layers are coded otherwise, and exceptions is where they are");
+        for (int32_t i = 0; i < params->n_exception; ++i) {
+            check_exception(params->exceptions[i], *params);
         }
         if (!gear::abi::is_open()) {
             gear::fail(GEAR_ERROR_ABI, "gear_open must come before gear_device_new");
@@ -241,8 +259,11 @@ GEAR_API gear::abi::reg * ggml_backend_init(void) {
             if (gear::abi::ggml().ggml_backend_dev_by_name("GEAR0")) {
                 gear::fail(GEAR_ERROR_INVALID, "another gearcpp is loaded in this process already; load one of them");
             }
-            const gear_device_params params = { gear::config_from_text(gear::settings::kv_type()), nullptr, 0, 0, nullptr, nullptr, nullptr };
-            plugin_device                   = new gear_device(params);
+            const gear::text_config  text   = gear::config_from_text(gear::settings::kv_type());
+            const gear_device_params params = {
+                text.config, nullptr, 0, 0, nullptr, nullptr, nullptr, text.exceptions.data(), (int32_t) text.exceptions.size()
+            };
+            plugin_device = new gear_device(params);
         }
     });
     if (status != GEAR_OK) {

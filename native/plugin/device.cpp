@@ -155,9 +155,23 @@ std::unique_ptr<kv_device> kv_device::make(const gear_device_params & params, co
     return std::make_unique<cuda_device>(params, inner, index);
 }
 
+namespace {
+
+cache_method::exceptions exceptions_of(const gear_device_params & params) {
+    cache_method::exceptions by_layer;
+    for (int i = 0; i < params.n_exception; ++i) {
+        if (!by_layer.emplace(params.exceptions[i].il, params.exceptions[i].config).second) {
+            fail(GEAR_ERROR_INVALID, "layer %d has settings of its own twice", params.exceptions[i].il);
+        }
+    }
+    return by_layer;
+}
+
+} // namespace
+
 kv_device::kv_device(const gear_device_params & params, abi::device * inner, int index, size_t alignment)
-    : method_(params.config, params.codec, params.codec_user), n_ubatch_(params.n_ubatch > 0 ? params.n_ubatch : 512), inner_(inner),
-      alignment_(std::max<size_t>(tile_align, alignment)) {
+    : method_(params.config, params.codec, params.codec_user, exceptions_of(params)), n_ubatch_(params.n_ubatch > 0 ? params.n_ubatch : 512),
+      inner_(inner), alignment_(std::max<size_t>(tile_align, alignment)) {
     for (int i = 0; i < params.n_layer; ++i) {
         layers_[params.layers[i].il] = params.layers[i];
     }
@@ -245,8 +259,18 @@ void kv_device::note_cache_size(int il, gear_side side, size_t bytes) {
     std::lock_guard<std::mutex> guard(mutex_);
     auto &                      log = asked_[std::this_thread::get_id()];
     log.push_back({ true, il, side, padded(bytes, alignment_) });
+    last_layer_ = std::max(last_layer_, il);
     if (log.size() > enough) {
         log.pop_front();
+    }
+}
+
+void kv_device::check_exceptions() const {
+    std::lock_guard<std::mutex> guard(mutex_);
+    const auto &                by_layer = method_.by_layer();
+    if (layers_.empty() && !by_layer.empty() && by_layer.rbegin()->first > last_layer_) {
+        fail(GEAR_ERROR_INVALID, "layer %d has settings of its own, but the last layer of this model with a KV cache is %d", by_layer.rbegin()->first,
+             last_layer_);
     }
 }
 

@@ -74,6 +74,8 @@ class kv_device {
     // Sizes that llama.cpp has asked for on this thread: the KV buffer is recognised by their sum.
     void note_cache_size(int il, gear_side side, size_t bytes);
     void note_other_size(size_t bytes);
+    // Throws gear::error when settings are for a layer beyond all that llama.cpp has asked for; where the caller named the layers, it was seen to before.
+    void check_exceptions() const;
     // true: an allocation of this size is the KV buffer. Throws gear::error when the cache would share a buffer with other tensors.
     bool take_sizes(size_t size);
 
@@ -117,6 +119,7 @@ class kv_device {
     std::mutex                                   buffers_mutex_; // taken before a buffer is locked; mutex_ after that
     std::set<kv_buffer *>                        buffers_;
     std::set<kv_session *>                       sessions_;
+    int                                          last_layer_ = -1; // that a size was asked for
     kept_error                                   error_;
     friend struct device_tables;
 };

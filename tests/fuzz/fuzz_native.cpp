@@ -148,7 +148,7 @@ void tile(const uint8_t * data, size_t size) {
 
 void setting(const uint8_t * data, size_t size) {
     try {
-        const gear_config config = gear::config_from_text(std::string((const char *) data, size).c_str());
+        const gear_config config = gear::config_from_text(std::string((const char *) data, size).c_str()).config;
         if (gear_config_check(&config) != GEAR_OK) {
             abort(); // what was taken is right
         }

@@ -40,19 +40,20 @@ void * cpu_device::proc_address(const char * name) {
 }
 
 cache_kind cpu_device::kind_of(const cache_layer & layer) const {
+    check_exceptions();
     const cache_tensor * k = layer.side[GEAR_SIDE_K].get();
     const cache_tensor * v = layer.side[GEAR_SIDE_V].get();
     if (!k || !k->use.other.empty() || (v ? !v->use.other.empty() : !is_latent(*k))) {
         return cache_kind::f16_other_use;
     }
-    if (v ? method().is_f16() : method().is_f16(GEAR_SIDE_K)) {
+    if (v ? method().is_f16(k->il) : method().is_f16(k->il, GEAR_SIDE_K)) {
         return cache_kind::f16_asked;
     }
     if (is_window(k->n_cell)) {
         return cache_kind::f16_window;
     }
     const store_shape shape_k = shape(*k), shape_v = shape(v ? *v : *k);
-    if (shape_k.n_head == 0 || shape_v.n_head == 0 || !method().has_heads(shape_k.d_head, shape_v.d_head)) {
+    if (shape_k.n_head == 0 || shape_v.n_head == 0 || !method().has_heads(k->il, shape_k.d_head, shape_v.d_head)) {
         return cache_kind::f16_other_use;
     }
     return method().gains(shape_k, shape_v) ? cache_kind::gear : cache_kind::f16_window;

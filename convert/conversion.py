@@ -39,7 +39,7 @@ OUTTYPES: Mapping[str, tuple[Type, FileType]] = {
     "q8_0": (Type.Q8_0, FileType.MOSTLY_Q8_0),
 }
 # llama.cpp computes with these in float32, whatever the rest of the model has.
-_ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
+_ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "shortconv.conv.weight")
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def _plan_from(config_json: dict[str, Any], folder: Path, path: Path, outtype: s
     architecture = architecture_for(config_json)
     checkpoint = read_checkpoint(folder)
     vocabulary = read_vocabulary(folder, config_json, pre)
+    architecture.amend_vocabulary(vocabulary)
     vocabulary.pad(architecture.sizes()["vocab"])
     chosen = _chosen_outtype(outtype, checkpoint)
     tensors = [OutputTensor(name, rows, _tensor_type(name, rows, OUTTYPES[chosen][0])) for name, rows in architecture.tensors(checkpoint).items()]

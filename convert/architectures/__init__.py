@@ -59,4 +59,7 @@ def architecture_for(config_json: dict[str, Any]) -> Architecture:
     for name in classes:
         if name in _BY_CLASS:
             return _BY_CLASS[name]({**config_json, **(config_json.get("text_config") or {})})
-    raise UnsupportedError(f"{', '.join(map(str, classes))} cannot be converted: supported are {', '.join(sorted(_BY_CLASS))}")
+    raise UnsupportedError(
+        f"{', '.join(map(str, classes))} cannot be converted: supported are {', '.join(sorted(_BY_CLASS))}; for others, --upstream LLAMA_CPP_CHECKOUT "
+        "(upstream= in Python) runs llama.cpp's own converter"
+    )

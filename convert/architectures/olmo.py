@@ -43,7 +43,9 @@ class Olmo3(Olmo2):
     defaults = {**Olmo2.defaults, "sliding_window": 4096, "rope_theta": 5e5}
 
     def metadata(self) -> Metadata:
-        kinds = self.config.get("layer_types") or ["full_attention" if (index + 1) % 4 == 0 else "sliding_attention" for index in range(self.config.n_layers)]
+        kinds = self.config.get("layer_types") or [
+            "full_attention" if (index + 1) % 4 == 0 else "sliding_attention" for index in range(self.config.n_layers)
+        ]
         return {
             **super().metadata(),
             "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],

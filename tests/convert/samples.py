@@ -73,7 +73,9 @@ GPT4O_WORDS = _CASED.replace("X", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"|\p{N}{1,
 TEKKEN_WORDS = _CASED.replace("X", "") + r"|\p{N}" + _AFTER_CASED
 
 
-def byte_level(*words: str, whole_words_first: bool = False, bos: bool = False, digits: bool = False, nfc: bool = False, added: tuple[str, ...] = ()) -> Callable[[Path], None]:
+def byte_level(
+    *words: str, whole_words_first: bool = False, bos: bool = False, digits: bool = False, nfc: bool = False, added: tuple[str, ...] = ()
+) -> Callable[[Path], None]:
     """A byte-level BPE that splits by regular expressions (none: GPT-2's built-in one), like the published tokenizers of most families."""
 
     def save(folder: Path) -> None:
@@ -240,9 +242,7 @@ SAMPLES: dict[str, Sample] = {
         {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 256, "max_position_embeddings": 512},
     ),
     "smollm-3": Sample("SmolLM3Config", byte_level(LLAMA3_WORDS, whole_words_first=True), {"num_hidden_layers": 5, "tie_word_embeddings": True}),
-    "mistral-3": Sample(
-        "Ministral3Config", byte_level(TEKKEN_WORDS, whole_words_first=True, bos=True), {"head_dim": 16, "rope_parameters": _MINISTRAL}
-    ),
+    "mistral-3": Sample("Ministral3Config", byte_level(TEKKEN_WORDS, whole_words_first=True, bos=True), {"head_dim": 16, "rope_parameters": _MINISTRAL}),
     "glm-4": Sample(
         "Glm4Config", byte_level(LLAMA3_WORDS, whole_words_first=True, added=("<|user|>",)), {"head_dim": 16, "rms_norm_eps": 1e-5, "attention_bias": True}
     ),

@@ -20,6 +20,7 @@ from .layout import text_part, with_stacked_experts
 from .metadata import Metadata
 from .rope import rope_metadata, rope_tensors
 from .rows import RotaryPairs, Rows, Shifted, Transposed
+from .vocabulary import Vocabulary
 
 Shape = tuple[str, ...]  # of named sizes, see Architecture.sizes
 
@@ -44,7 +45,7 @@ EXPERTS: Mapping[str, Shape] = {
     "ffn_down_exps": ("experts", "model", "expert_ff"),
 }
 
-_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(?:weight|bias)")
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+(?:\.\w+)?)\.(?:weight|bias)")
 _MOST_LAYERS = 512  # llama.cpp's limit
 
 
@@ -63,6 +64,7 @@ class Architecture:
     ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)  # endings of names that llama.cpp does not need
     aliases: ClassVar[Mapping[str, str]] = {}  # the usual name of a config value <- the one this class gives it
     copied_keys: ClassVar[Mapping[str, tuple[str, type]]] = {}  # further GGUF keys (less the architecture) <- config names and their type
+    special_tokens: ClassVar[Mapping[str, str]] = {}  # bos, eos, eot ... <- their text, where tokenizer_config.json names none
     taken_for_granted: ClassVar[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu", "swish")}  # what llama.cpp computes, whatever the config says
 
     def __init__(self, config_json: Mapping[str, Any]) -> None:
@@ -78,6 +80,17 @@ class Architecture:
     def notices(self) -> list[str]:
         """What the user should know: where llama.cpp computes something else than transformers."""
         return []
+
+    def layer_tensors(self, index: int) -> Mapping[str, Shape]:
+        """The tensors of one layer: hybrids have layers of several kinds."""
+        return self.layer
+
+    def amend_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """What llama.cpp wants to know of this architecture's tokenizer and the tokenizer's files do not say."""
+        ids = {token: index for index, token in enumerate(vocabulary.tokens)} if self.special_tokens else {}
+        for name, text in self.special_tokens.items():
+            if text in ids:
+                vocabulary.special_ids.setdefault(name, ids[text])
 
     def sizes(self) -> dict[str, int]:
         """The sizes that shapes are made of.
@@ -171,7 +184,7 @@ class Architecture:
         sizes = self.sizes()
         shapes: dict[str, Shape] = {**self.outside, "output": ("vocab", "model")}
         for index in range(self.config.n_layers):
-            shapes |= {f"blk.{index}.{kind}": shape for kind, shape in self.layer.items()}
+            shapes |= {f"blk.{index}.{kind}": shape for kind, shape in self.layer_tensors(index).items()}
         weights = {f"{name}.weight": tuple(sizes[size] for size in shape) for name, shape in shapes.items()}
         biases = {f"{name}.bias": (sizes[shape[0]],) for name, shape in shapes.items() if len(shape) <= 2}
         return weights | biases

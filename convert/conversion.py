@@ -29,7 +29,8 @@ from .quantization import check_type, quantize_model
 from .recovery import Recovery, recover_error
 from .rows import Rows
 from .tokenizer_files import read_vocabulary
-from .verification import Finite, check_file, check_tokens
+from .upstream import check_checkout, run_converter
+from .verification import Finite, check_file, check_finite, check_tokens
 from .vocabulary import Vocabulary
 
 OUTTYPES: Mapping[str, tuple[Type, FileType]] = {
@@ -39,7 +40,7 @@ OUTTYPES: Mapping[str, tuple[Type, FileType]] = {
     "q8_0": (Type.Q8_0, FileType.MOSTLY_Q8_0),
 }
 # llama.cpp computes with these in float32, whatever the rest of the model has.
-_ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
+_ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "shortconv.conv.weight")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def convert_model(
     pre: str | None = None,
     verify: bool = False,
     dry_run: bool = False,
+    upstream: str | os.PathLike[str] | None = None,
+    upstream_python: bool = False,
     progress: Progress | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Conversion:
@@ -99,6 +102,9 @@ def convert_model(
         pre: llama.cpp's name of a pre-tokenizer, where the tokenizer's rules are not recognised.
         verify: refuse NaN and infinity, read the file back and compare it, and compare llama.cpp's tokens with the tokenizer's.
         dry_run: do everything but write.
+        upstream: a checkout of llama.cpp (or its unpacked sources), whose own converter is run in place of ours, in an environment that is made for it in
+            the cache folder. That converter runs the Python code of a model folder that has some.
+        upstream_python: run it by the current Python instead, which must have what the converter needs.
         progress: called with a tensor's name and the number of bytes just written.
         report: called with a line about each later step.
 
@@ -108,7 +114,17 @@ def convert_model(
         DataError: something is missing, damaged or contradictory, or the output cannot be written. No half-written file is left.
     """
     _check_options(outtype, quantize, imatrix, recover_rank)
+    _check_upstream(upstream, upstream_python, pre, dry_run)
     folder, path = model_folder(os.fspath(source)), Path(output)
+    if upstream is not None:
+        return _by_upstream(
+            folder,
+            path,
+            lambda file: run_converter(Path(upstream), folder, file, outtype, current_python=upstream_python, report=report or _silent),
+            lambda file: _quantize(file, path, quantize, imatrix, recover_rank, recover_rounds, report or _silent) if quantize else None,
+            quantize,
+            verify,
+        )
     conversion, tensors = _plan(folder, path, outtype, pre)
     if dry_run:
         return conversion
@@ -139,6 +155,57 @@ def _check_options(outtype: str, quantize: str | None, imatrix: object, recover_
         raise ConfigError(f"recover_rank must be at least 1, not {recover_rank}")
 
 
+def _check_upstream(upstream: str | os.PathLike[str] | None, upstream_python: bool, pre: str | None, dry_run: bool) -> None:
+    if upstream is None:
+        if upstream_python:
+            raise ConfigError("upstream_python goes with upstream")
+        return
+    for name, given in (("pre", pre is not None), ("dry_run", dry_run)):
+        if given:
+            raise ConfigError(f"{name} is for gearcpp's own converter, it does not go with upstream")
+    check_checkout(Path(upstream), upstream_python)
+
+
+def _by_upstream(
+    folder: Path, path: Path, convert: Callable[[Path], None], quantized: Callable[[Path], Recovery | None], quantize: str | None, verify: bool
+) -> Conversion:
+    """llama.cpp's own converter, and after it the same steps as after ours."""
+    with replacing(path) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".gearcpp-", dir=path.parent) as scratch:
+            made = Path(scratch) / "converted.gguf"
+            convert(made)
+            conversion = _read_back(made, path)
+            notices: tuple[str, ...] = ()
+            if verify:
+                check_finite(made)
+                notices = tuple(check_tokens(made, folder))
+            made.replace(temporary)
+        recovery = quantized(temporary)
+        n_bytes = temporary.stat().st_size
+    return replace(conversion, outtype=quantize or conversion.outtype, n_bytes=n_bytes, notices=notices, recovery=recovery)
+
+
+def _read_back(file: Path, path: Path) -> Conversion:
+    """What another converter wrote."""
+    try:
+        reader = gguf.GGUFReader(file)
+        metadata = {key: entry.contents() for key, entry in reader.fields.items() if not key.startswith("GGUF.")}
+        architecture = str(metadata["general.architecture"])
+    except (ValueError, KeyError, IndexError) as error:
+        raise DataError(f"what llama.cpp's converter wrote cannot be read as a GGUF file: {error}") from error
+    tensors = {tensor.name: (tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape))) for tensor in reader.tensors}
+    names = {int(file_type): name for name, (_, file_type) in OUTTYPES.items()}
+    return Conversion(
+        path=path,
+        architecture=architecture,
+        outtype=names.get(int(metadata.get("general.file_type", -1)), "mixed"),
+        n_parameters=sum(math.prod(shape) for _, shape in tensors.values()),
+        tensors=tensors,
+        n_bytes=0,
+        metadata=metadata,
+    )
+
+
 def _plan(folder: Path, path: Path, outtype: str, pre: str | None) -> tuple[Conversion, list[OutputTensor]]:
     """Everything but the weights themselves."""
     try:
@@ -153,6 +220,7 @@ def _plan_from(config_json: dict[str, Any], folder: Path, path: Path, outtype: s
     architecture = architecture_for(config_json)
     checkpoint = read_checkpoint(folder)
     vocabulary = read_vocabulary(folder, config_json, pre)
+    architecture.amend_vocabulary(vocabulary)
     vocabulary.pad(architecture.sizes()["vocab"])
     chosen = _chosen_outtype(outtype, checkpoint)
     tensors = [OutputTensor(name, rows, _tensor_type(name, rows, OUTTYPES[chosen][0])) for name, rows in architecture.tensors(checkpoint).items()]

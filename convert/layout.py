@@ -7,7 +7,7 @@ import re
 from gearcpp.errors import DataError
 
 from .checkpoint import Checkpoint, require_numeric
-from .rows import Rows, RowsOfEach, Stacked
+from .rows import Reshaped, Rows, RowsOfEach, Stacked
 
 # Multimodal models keep their text model under a prefix of its own.
 _TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.", ""))
@@ -67,3 +67,8 @@ def _stack(name: str, by_index: dict[int, Rows], n_experts: int) -> Rows:
     if len({rows.shape for rows in by_index.values()}) > 1:
         raise DataError(f"{name}: the experts differ in shape")
     return Stacked([by_index[index] for index in indices])
+
+
+def squeezed(rows: Rows) -> Rows:
+    """A convolution's kernels [channels, 1, window] as llama.cpp has them: [channels, window]."""
+    return Reshaped(rows, (rows.shape[0], rows.shape[-1])) if len(rows.shape) == 3 and rows.shape[1] == 1 else rows

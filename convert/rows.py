@@ -101,6 +101,19 @@ class Transposed(Rows):
         return np.concatenate([block[:, start:stop].T for block in self._source.blocks()], axis=1)
 
 
+class Reshaped(Rows):
+    """A tensor under another shape, its rows as they are."""
+
+    def __init__(self, source: Rows, shape: tuple[int, ...]) -> None:
+        assert math.prod(shape) == math.prod(source.shape)
+        assert shape[-1] == source.shape[-1]
+        self._source = source
+        self.shape = shape
+
+    def read(self, start: int, stop: int) -> Block:
+        return self._source.read(start, stop)
+
+
 class Stacked(Rows):
     """Matrices of equal shape as one tensor with a leading dimension: the experts of a layer."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from gearcpp.errors import DataError
 
 from .container import OutputTensor
-from .rows import Block, Rows
+from .rows import BLOCK_ELEMENTS, Block, Rows
 
 # Kinds of text, compared one by one so that a difference has a name.
 _PROBES = {
@@ -57,6 +57,20 @@ def check_file(path: Path, tensors: list[OutputTensor]) -> None:
             if stored.tobytes() != encoded.tobytes():
                 raise DataError(f"{tensor.name} in {path} is not what was written: the disk or the memory is faulty")
             offset += encoded.nbytes
+
+
+def check_finite(path: Path) -> None:
+    """Search the tensors of a GGUF file for NaN and infinity, in pieces.
+
+    Raises:
+        DataError: one has them.
+    """
+    for tensor in gguf.GGUFReader(path).tensors:
+        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+        step = max(1, BLOCK_ELEMENTS // rows.shape[1])
+        for start in range(0, len(rows), step):
+            if not np.isfinite(gguf.dequantize(rows[start : start + step], tensor.tensor_type)).all():
+                raise DataError(f"{tensor.name} has a NaN or an infinity: the checkpoint is damaged")
 
 
 def check_tokens(path: Path, folder: Path) -> list[str]:

@@ -10,15 +10,38 @@ from typing import Any
 from gearcpp.errors import DataError, UnsupportedError
 
 from ..architecture import Architecture
+from .ernie import Ernie45
 from .gemma import Gemma2, Gemma3
+from .glm import Glm4
 from .gpt2 import Gpt2
 from .granite import Granite
-from .llama import Llama, Mistral, Mixtral
-from .olmo import Olmo2
+from .lfm import Lfm2
+from .llama import Llama, Mistral, Mistral3, Mixtral
+from .olmo import Olmo2, Olmo3
 from .phi import Phi3
 from .qwen import Qwen2, Qwen3, Qwen3Moe
+from .smollm import SmolLM3
 
-ARCHITECTURES: tuple[type[Architecture], ...] = (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3Moe, Gemma2, Gemma3, Phi3, Olmo2, Granite, Gpt2)
+ARCHITECTURES: tuple[type[Architecture], ...] = (
+    Llama,
+    Mistral,
+    Mixtral,
+    Mistral3,
+    SmolLM3,
+    Qwen2,
+    Qwen3,
+    Qwen3Moe,
+    Gemma2,
+    Gemma3,
+    Phi3,
+    Glm4,
+    Olmo2,
+    Olmo3,
+    Granite,
+    Ernie45,
+    Lfm2,
+    Gpt2,
+)
 
 _BY_CLASS = {name: architecture for architecture in ARCHITECTURES for name in architecture.classes}
 
@@ -36,4 +59,7 @@ def architecture_for(config_json: dict[str, Any]) -> Architecture:
     for name in classes:
         if name in _BY_CLASS:
             return _BY_CLASS[name]({**config_json, **(config_json.get("text_config") or {})})
-    raise UnsupportedError(f"{', '.join(map(str, classes))} cannot be converted: supported are {', '.join(sorted(_BY_CLASS))}")
+    raise UnsupportedError(
+        f"{', '.join(map(str, classes))} cannot be converted: supported are {', '.join(sorted(_BY_CLASS))}; for others, --upstream LLAMA_CPP_CHECKOUT "
+        "(upstream= in Python) runs llama.cpp's own converter"
+    )

@@ -1,8 +1,11 @@
-"""Llama 2, 3 and 3.x, SmolLM and others of their class; Mistral; Mixtral."""
+"""Llama 2, 3 and 3.x, SmolLM and others of their class; Mistral and Ministral 3; Mixtral."""
 
 import gguf
 
+from gearcpp.errors import UnsupportedError
+
 from ..architecture import ATTENTION, EXPERTS, Architecture
+from ..metadata import Metadata
 
 
 class Llama(Architecture):
@@ -57,3 +60,36 @@ class Mixtral(Llama):
 
     def sizes(self) -> dict[str, int]:
         return {**super().sizes(), "experts": self.config.positive("num_local_experts"), "expert_ff": self.config.positive("intermediate_size")}
+
+
+class Mistral3(Llama):
+    """Mistral Small 3.1 and 3.2, whose text part is of Mistral's own type, and Ministral 3, whose queries grow with the position."""
+
+    gguf_name = "mistral3"
+    model_arch = gguf.MODEL_ARCH.MISTRAL3
+    classes = ("Mistral3ForConditionalGeneration", "Ministral3ForCausalLM")
+    taken_for_granted = {**Llama.taken_for_granted, "model_type": ("ministral3", "mistral")}
+    defaults = {
+        **Llama.defaults,
+        "vocab_size": 131072,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }
+
+    def metadata(self) -> Metadata:
+        values = super().metadata()
+        if self.config.get("model_type") != "ministral3":
+            return values
+        rope = self.config.rope()
+        if rope["rope_type"] != "yarn" or rope.get("llama_4_scaling_beta") is None:
+            raise UnsupportedError(f"Ministral 3 is computed by llama.cpp with YaRN and llama_4_scaling_beta, config.json has {rope}")
+        return {
+            **values,
+            "rope.scaling.yarn_log_multiplier": float(rope.get("mscale_all_dim", 1.0)),
+            "attention.temperature_scale": float(rope["llama_4_scaling_beta"]),
+        }

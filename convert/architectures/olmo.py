@@ -1,8 +1,9 @@
-"""OLMo 2."""
+"""OLMo 2 and OLMo 3."""
 
 import gguf
 
 from ..architecture import ATTENTION, FEED_FORWARD, Architecture
+from ..metadata import Metadata
 
 
 def _without_norms_before(layer: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -32,3 +33,21 @@ class Olmo2(Architecture):
         "rope_theta": 1e4,
         "tie_word_embeddings": False,
     }
+
+
+class Olmo3(Olmo2):
+    """OLMo 2 with windows, which llama.cpp takes for the same architecture."""
+
+    classes = ("Olmo3ForCausalLM",)
+    copied_keys = {"attention.sliding_window": ("sliding_window", int)}
+    defaults = {**Olmo2.defaults, "sliding_window": 4096, "rope_theta": 5e5}
+
+    def metadata(self) -> Metadata:
+        kinds = self.config.get("layer_types") or [
+            "full_attention" if (index + 1) % 4 == 0 else "sliding_attention" for index in range(self.config.n_layers)
+        ]
+        return {
+            **super().metadata(),
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+            "rope.freq_base_swa": float(self.config.rope("sliding_attention")["rope_theta"]),
+        }

@@ -34,6 +34,10 @@ def convert(
     pre: Annotated[str | None, typer.Option("--pre", metavar="NAME", help="llama.cpp's pre-tokenizer, where the rules are not recognised.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Refuse NaN, read everything back, compare tokens.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing, say what would be written.")] = False,
+    upstream: Annotated[
+        Path | None, typer.Option("--upstream", metavar="DIR", help="Checkout of llama.cpp: run its own converter, in an environment made for it.")
+    ] = None,
+    upstream_python: Annotated[bool, typer.Option("--upstream-python", help="Run it by this Python, without an environment of its own.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Convert a Hugging Face model to GGUF."""
@@ -55,6 +59,8 @@ def convert(
             pre=pre,
             verify=verify,
             dry_run=dry_run,
+            upstream=upstream,
+            upstream_python=upstream_python,
             progress=progress,
             report=notice,
         )

@@ -73,7 +73,9 @@ GPT4O_WORDS = _CASED.replace("X", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"|\p{N}{1,
 TEKKEN_WORDS = _CASED.replace("X", "") + r"|\p{N}" + _AFTER_CASED
 
 
-def byte_level(*words: str, whole_words_first: bool = False, bos: bool = False, digits: bool = False, nfc: bool = False) -> Callable[[Path], None]:
+def byte_level(
+    *words: str, whole_words_first: bool = False, bos: bool = False, digits: bool = False, nfc: bool = False, added: tuple[str, ...] = ()
+) -> Callable[[Path], None]:
     """A byte-level BPE that splits by regular expressions (none: GPT-2's built-in one), like the published tokenizers of most families."""
 
     def save(folder: Path) -> None:
@@ -93,6 +95,7 @@ def byte_level(*words: str, whole_words_first: bool = False, bos: bool = False, 
         )
         tokenizer.train_from_iterator([TRAINING_TEXT], trainer)
         tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("</tool_call>", normalized=False)])
+        tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in added])
         tokenizer.post_processor = (
             processors.TemplateProcessing(single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 0)])
             if bos
@@ -198,6 +201,18 @@ _LONGROPE = {
     "short_factor": [1.0 + 0.05 * pair for pair in range(8)],
     "original_max_position_embeddings": 256,  # llama.cpp rounds a context up to 256 and goes by that
 }
+_MINISTRAL = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "max_position_embeddings": 256,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "sliding_window": 8, "bos_token_id": 1, "eos_token_id": 2}
 _EXPERTS = {"num_experts_per_tok": 2}
 
@@ -226,6 +241,18 @@ SAMPLES: dict[str, Sample] = {
         byte_level(GPT4O_WORDS),
         {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 256, "max_position_embeddings": 512},
     ),
+    "smollm-3": Sample("SmolLM3Config", byte_level(LLAMA3_WORDS, whole_words_first=True), {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "mistral-3": Sample("Ministral3Config", byte_level(TEKKEN_WORDS, whole_words_first=True, bos=True), {"head_dim": 16, "rope_parameters": _MINISTRAL}),
+    "glm-4": Sample(
+        "Glm4Config", byte_level(LLAMA3_WORDS, whole_words_first=True, added=("<|user|>",)), {"head_dim": 16, "rms_norm_eps": 1e-5, "attention_bias": True}
+    ),
+    "ernie-4.5": Sample("Ernie4_5Config", sentencepiece(), {"head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}),
+    "lfm-2": Sample(
+        "Lfm2Config",
+        byte_level(LLAMA3_WORDS, whole_words_first=True),
+        {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 32, "tie_word_embeddings": True},
+    ),
+    "olmo-3": Sample("Olmo3Config", byte_level(LLAMA3_WORDS), {"sliding_window": 8, "num_hidden_layers": 5}),
     "olmo-2": Sample("Olmo2Config", byte_level(LLAMA3_WORDS)),
     "granite": Sample(
         "GraniteConfig",

@@ -25,7 +25,7 @@ pytest.importorskip("transformers", reason="llama.cpp's converter needs transfor
 pytest.importorskip("torch", reason="llama.cpp's converter needs torch")
 
 # It reads these only with tokenizer.model.
-NEEDS_MODEL = {"gemma-2": False, "gemma-3": False, "phi-3": True}
+NEEDS_MODEL = {"gemma-2": False, "gemma-3": False, "phi-3": True, "ernie-4.5": True}
 # It takes a Phi-3 without tokenizer.model for a GPT-2 tokenizer, if told so.
 AS_GPT2 = ("phi-3-long",)
 

@@ -12,8 +12,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
 FOLDERS = ("native", "gearcpp", "convert", "tests", "benchmarks", "examples", "docs", "tools")
 SUFFIXES = ("cpp", "h", "cu", "cuh", "py", "sh", "md")
-# Named, and not a file of the repository: an address of a Hugging Face repository, folders of the user's, installed modules.
-ELSEWHERE = {"gearcpp/shapes", "llama-context.cpp", "common/arg.cpp"}
+ELSEWHERE = {"gearcpp/shapes"}  # a folder of the user's cache
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="docs/ is not here (it is in the repository)")
 

@@ -50,7 +50,7 @@ void check_layer(const gear_layer & layer) {
 // Where the caller names the layers, settings are for one of them, whose heads can take them.
 void check_exception(const gear_layer_config & exception, const gear_device_params & params) {
     const gear_layer * end   = params.layers + params.n_layer;
-    const gear_layer * layer = std::find_if(params.layers, end, [&](const gear_layer & layer) { return layer.il == exception.il; });
+    const gear_layer * layer = std::find_if(params.layers, end, [&](const gear_layer & candidate) { return candidate.il == exception.il; });
     if (params.n_layer > 0 && layer == end) {
         gear::fail(GEAR_ERROR_INVALID, "layer %d has settings of its own, but no KV cache", exception.il);
     }

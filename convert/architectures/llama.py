@@ -1,5 +1,7 @@
 """Llama 2, 3 and 3.x, SmolLM and others of their class; Mistral and Ministral 3; Mixtral."""
 
+from typing import ClassVar
+
 import gguf
 
 from gearcpp.errors import UnsupportedError
@@ -11,7 +13,7 @@ from ..metadata import Metadata
 class Llama(Architecture):
     gguf_name = "llama"
     model_arch = gguf.MODEL_ARCH.LLAMA
-    classes = ("LlamaForCausalLM",)
+    classes: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM",)
     rotary_pairs = True
     defaults = {
         "vocab_size": 32000,

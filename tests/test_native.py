@@ -117,7 +117,7 @@ def test_bad_tiles() -> None:
     with pytest.raises(UnsupportedError):
         native.tile_describe(config, "k", 40)
     with pytest.raises(UnsupportedError):
-        native.check_heads(config, 64, 512)
+        native.check_heads(config, 64, 592)
 
 
 def softmax_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, sinks: np.ndarray | None, softcap: float) -> np.ndarray:

@@ -248,7 +248,6 @@ inline void test_attention(const device & on, int n_random) {
         s.n_head_kv = 1;
         s.d_k       = d[0];
         s.d_v       = d[1];
-        s.n_cell    = 320;
         for (int kind = 0; kind < 3; ++kind) { // 1: the most shared memory with scales of 8 bits, 2: with scales in f16
             gear_config config = config_of(kind == 0 ? 4 : 5, kind == 0 ? 4 : 3, kind == 0 ? 64 : 256);
             config.k.rotate = config.v.rotate = kind != 2;

@@ -221,7 +221,7 @@ void test_tiles() {
     float            x        = 0;
     refused(gear_config_check(nullptr));
     refused(gear_head_check(nullptr, 64, 64));
-    for (const int d : { 0, -32, 31, 40, 272, INT_MAX, INT_MIN }) {
+    for (const int d : { 0, -32, 31, 40, 264, 592, INT_MAX, INT_MIN }) {
         refused(gear_head_check(&config, d, 64), GEAR_ERROR_UNSUPPORTED);
         refused(gear_head_check(&config, 64, d), GEAR_ERROR_UNSUPPORTED);
         refused(gear_tile_describe(&config, GEAR_SIDE_K, d, &layout), GEAR_ERROR_UNSUPPORTED);

@@ -123,7 +123,7 @@ void tile(const uint8_t * data, size_t size) {
     config.k.scale_bits     = data[2] & 2 ? 16 : 8;
     config.k.rank           = data[3] % 17;
     config.k.factor_bits    = data[2] & 4 ? 4 : 8;
-    config.k.rotate         = data[2] >> 3 & 1;
+    config.k.rotate         = (data[2] >> 3 & 3) % 3;
     config.k.sparsity       = (float) (data[4] % 16) / 100;
     config.k.center         = config.k.sparsity == 0 && (data[2] & 16);
     config.v                = config.k;

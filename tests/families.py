@@ -33,7 +33,6 @@ class Family:
         recurrent: layers with a recurrent state.
         windows: layers with a sliding window.
         uncached: layers without a KV cache.
-        refused: what UnsupportedError says where GEAR does not cover it.
     """
 
     arch: str
@@ -44,7 +43,6 @@ class Family:
     recurrent: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
     uncached: tuple[int, ...] = ()
-    refused: str = ""
 
 
 def _dense(weights: Weights, il: int, s: Shape) -> None:
@@ -133,7 +131,7 @@ def _gemma4(weights: Weights, il: int, s: Shape) -> None:
     d_head = D_WINDOW if il in GEMMA4_WINDOWS else s.d_head
     weights.norm(f"blk.{il}.attn_norm", s.n_embd)
     weights.matrix(f"blk.{il}.attn_q", s.n_head * d_head, s.n_embd)
-    weights.norm(f"blk.{il}.attn_q_norm", d_head)
+    weights.vector(f"blk.{il}.attn_q_norm.weight", d_head, mean=2 / np.sqrt(d_head))  # Gemma 4 does not scale its scores
     if il < s.n_layer - 2:
         weights.matrix(f"blk.{il}.attn_k", s.n_head_kv * d_head, s.n_embd)
         weights.matrix(f"blk.{il}.attn_v", s.n_head_kv * d_head, s.n_embd)
@@ -321,7 +319,6 @@ FAMILIES: dict[str, Family] = {
             "expert_feed_forward_length": 128,
             "expert_shared_count": 1,
         },
-        refused="multi-head latent attention",
     ),
     "lfm2": Family("lfm2", None, _WIDE, recurrent=(0,)),
     "granite-hybrid": Family(

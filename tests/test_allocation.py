@@ -132,7 +132,7 @@ def test_a_load_that_leaves_growth_f16_warns_once(tmp_path: Path, monkeypatch: p
 
 def test_side_bytes_checks_what_it_is_given() -> None:
     assert native.side_bytes(GearConfig(), 0, (2, 64, 64), "k", 4096, 512)[1] == 0
-    for heads, n_cell in (((0, 64, 64), 4096), ((2, 64, 64), 0), ((2, 64, 64), -1), ((2, 64, 0), 4096)):
+    for heads, n_cell in (((0, 64, 64), 4096), ((2, 64, 64), 0), ((2, 64, 64), -1), ((2, 64, -16), 4096)):
         with pytest.raises(native.library.GearError, match="layer 3"):
             native.side_bytes(GearConfig(), 3, heads, "k", n_cell, 512)
 

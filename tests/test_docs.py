@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
 FOLDERS = ("native", "gearcpp", "convert", "tests", "benchmarks", "examples", "docs", "tools")
 SUFFIXES = ("cpp", "h", "cu", "cuh", "py", "sh", "md")
-ELSEWHERE = {"gearcpp/shapes"}  # a folder of the user's cache
+# A folder of the user's cache; files of llama.cpp's.
+ELSEWHERE = {"gearcpp/shapes", "convert_hf_to_gguf.py", "llama-kv-cache-iswa.cpp", "llama-memory-hybrid.cpp", "models/*.cpp"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="docs/ is not here (it is in the repository)")
 

@@ -29,8 +29,7 @@ BOUND = 1 / 3
 NEAR = 0.06  # of logits, against their spread: what comes back in another order, or is packed once more
 
 NAMES = list(FAMILIES)
-COVERED = [name for name, family in FAMILIES.items() if not family.refused]
-HYBRID = [name for name in COVERED if FAMILIES[name].recurrent]
+HYBRID = [name for name in NAMES if FAMILIES[name].recurrent]
 Model = Callable[[str], Path]
 
 
@@ -101,7 +100,7 @@ def test_memory_is_as_predicted(name: str, model: Model) -> None:
     assert bool(made["RS"]) == bool(FAMILIES[name].recurrent)
 
 
-@pytest.mark.parametrize("name", COVERED)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_the_layers_are(name: str, model: Model) -> None:
     """Before anything is loaded, and after: the same kinds, the same bytes, for every layer."""
     if not packable(name):
@@ -131,18 +130,7 @@ def test_what_the_layers_are(name: str, model: Model) -> None:
     assert cache_bytes(normalize_kv_type("gear"), info, allocation) >= stats["total"]["bytes"] + stats["total"]["state_bytes"]
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.refused])
-def test_refused_by_name(name: str, model: Model) -> None:
-    try:
-        llm = load(model(name), "gear")
-    except UnsupportedError as error:
-        assert FAMILIES[name].refused in str(error)
-    else:  # once GEAR covers it, it has to be one of the others
-        llm.close()
-        pytest.fail(f"{name} is not refused any more: move it to the covered ones")
-
-
-@pytest.mark.parametrize("name", COVERED)
+@pytest.mark.parametrize("name", NAMES)
 def test_logits(name: str, model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With every row exact GEAR is f16 up to the rounding of flash attention; packed it stays within a share of the logits' size."""
     if not packable(name):
@@ -170,10 +158,11 @@ def relative(scores: np.ndarray, reference: np.ndarray) -> float:
 
 def lost_layer(path: Path, tokens: list[int], reference: np.ndarray) -> float:
     """The error of logits where the last layer that is packed loses its values."""
-    last = max(layer.il for layer in read_model_info(path).cached_layers if not layer.window)
+    last = max((layer for layer in read_model_info(path).cached_layers if not layer.window), key=lambda layer: layer.il)
+    values = "k" if last.v_in_k else "v"
 
     def lose(il: int, side: str, head: int, x: np.ndarray, written: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, float]:
-        return (0 * x if side == "v" and il == last else x), 1.0
+        return (0 * x if (side, il) == (values, last.il) else x), 1.0
 
     scores, _ = logits(path, SMALL, tokens, codec=lose)
     return relative(scores, reference)

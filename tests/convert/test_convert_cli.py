@@ -78,7 +78,7 @@ def test_default_name(folder: Path, tmp_path: Path, run: Run, monkeypatch: pytes
     [
         (("convert", "."), 1, "error: . has no config.json"),
         (("convert", ".", "--outtype", "q1"), 2, "error: unknown outtype 'q1'"),
-        (("inspect", "none.gguf"), 1, "error: none.gguf cannot be read as GGUF"),
+        (("inspect", "none.gguf"), 1, "error: there is no file none.gguf"),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,10 +89,13 @@ def test_errors_are_one_line(arguments: tuple[str, ...], code: int, message: str
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all, but long enough to be read as one"])
-def test_inspecting_what_is_no_gguf(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "is empty"), (b"GGUF", "ends inside its header"), (b"not a model at all, but long enough to be read as one", "is not a GGUF model")],
+)
+def test_inspecting_what_is_no_gguf(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(DataError, match=r"x.gguf cannot be read as GGUF"):
+    with pytest.raises(DataError, match=rf"x.gguf .*{reason}"):
         inspect_model(tmp_path / "x.gguf")
 
 

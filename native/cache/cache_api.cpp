@@ -179,7 +179,7 @@ int64_t gear_side_bytes(const gear_config * config, const gear_layer * layer, ge
         require(layer, "layer");
         const gear::cache_method method(*config);
         gear::checked_side(side);
-        const gear::store_shape k = method.shape(layer->il, GEAR_SIDE_K, layer->n_head_kv, layer->d_head_k, n_cell, n_stream, n_ubatch);
+        const gear::store_shape k   = method.shape(layer->il, GEAR_SIDE_K, layer->n_head_kv, layer->d_head_k, n_cell, n_stream, n_ubatch);
         const int               d_v = layer->d_head_v == 0 ? layer->d_head_k : layer->d_head_v; // latent attention has no V to ask for
         const gear::store_shape v   = method.shape(layer->il, GEAR_SIDE_V, layer->n_head_kv, d_v, n_cell, n_stream, n_ubatch);
         gear::check_shape(k);

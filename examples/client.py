@@ -3,7 +3,7 @@
     gearcpp serve -m model.gguf -c 16384 --parallel 4
     python examples/client.py http://127.0.0.1:8080/v1 "What is a key?" "What is a value?"
 
-The server decodes them together. The tokens that the prompts have in common are in its cache once.
+The server decodes them together.
 """
 
 from __future__ import annotations

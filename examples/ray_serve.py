@@ -7,7 +7,8 @@ Every replica is a whole `gearcpp serve` application (`gearcpp.server.app.create
 they die, and spreads requests over them, streams included. On a cluster (`ray start --head`, `ray start --address=...`, then this script on one of its
 machines) the model's path must exist on every machine. Clients use http://HOST:PORT/v1 as ever.
 
-What replicas do not share: prompts share prefixes within a replica only, and /metrics answers for whichever replica the request reaches.
+What replicas do not share: a conversation's next turn finds its prefix only in the replica that had the last one, and /metrics answers for whichever
+replica the request reaches.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ import argparse
 import time
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
+from starlette.applications import Starlette
 
 
 def deployment(model: dict[str, Any], server: dict[str, Any], *, replicas: int, cpus: float) -> Any:
     """A Ray Serve application.
 
     Args:
-        model: settings of the model, as in `gearcpp.server.settings.GearModelSettings`.
-        server: settings of each replica's server (`GearServerSettings`); where it listens is Ray's matter.
+        model: settings of the model, as in `gearcpp.server.settings.ModelSettings`.
+        server: settings of each replica's server (`ServerSettings`); where it listens is Ray's matter.
         replicas: processes.
         cpus: processors that Ray reserves for each; the model's n_threads should be the same.
     """
 
-    def build() -> FastAPI:
+    def build() -> Starlette:
         """Called in each replica: models are loaded there, nothing of them is sent over the network."""
         from gearcpp.server.app import create_app
-        from gearcpp.server.settings import GearModelSettings, GearServerSettings
+        from gearcpp.server.settings import ModelSettings, ServerSettings
 
-        return create_app(GearServerSettings(**server), [GearModelSettings(**model)])
+        return create_app(ServerSettings(**server), [ModelSettings(**model)])
 
     most = model.get("parallel", 4) + server.get("max_queue", 64)  # a full queue is the replica's to refuse, with 429; Ray's own limit stays above
     options = {"num_replicas": replicas, "max_ongoing_requests": most + 16, "ray_actor_options": {"num_cpus": cpus}}

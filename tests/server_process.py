@@ -23,8 +23,9 @@ PATIENCE = 120.0  # seconds after which something that should happen is taken to
 class Server:
     """A running server."""
 
-    def __init__(self, url: str, log: Path) -> None:
+    def __init__(self, url: str, log: Path, pid: int = 0) -> None:
         self.url = url
+        self.pid = pid
         self._log = log
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
@@ -66,7 +67,7 @@ def serve(*arguments: str | Path) -> Iterator[Server]:
         with log.open("wb") as file:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
         try:
-            server = Server(_address(process, log), log)
+            server = Server(_address(process, log), log, process.pid)
             yield server
             process.send_signal(signal.SIGINT)
             assert process.wait(PATIENCE) in (0, 130), log.read_text()

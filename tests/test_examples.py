@@ -71,4 +71,4 @@ def test_client(bundled_model: Path) -> None:
     with serve("-m", bundled_model, "-c", "1024", "--parallel", "2") as server:
         printed = run("client.py", f"{server.url}/v1", "What is a key?", "What is a value?", "--plain", "-n", "8")
         assert "What is a key?\n  " in printed and "What is a value?\n  " in printed
-        assert server.metrics()["gearcpp_generated_tokens_total"] >= 2
+        assert server.metrics()["llamacpp:tokens_predicted_total"] >= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -10,7 +11,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,16 @@ import pytest
 from chat_models import write_chat_model
 from server_process import PATIENCE, Server, serve
 
+from gearcpp.server.errors import RequestError
+from gearcpp.server.whole import joined
+
 PROMPT = "Once upon a time there was a"
-LONG: dict[str, Any] = {"max_tokens": 3000, "extra_body": {"min_tokens": 3000}}  # seconds on any machine
+LONG: dict[str, Any] = {"max_tokens": 1200, "extra_body": {"ignore_eos": True}}  # seconds on any machine
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serve("-c", "4096", "-np", "2", "--queue", "1", "--embeddings", "--chat-format", "chatml", "-a", "books", "--max-body", "256") as running:
+    with serve("-c", "4096", "-np", "2", "--queue", "1", "--embeddings", "--chat-template", "chatml", "-a", "books", "--max-body", "256") as running:
         yield running
 
 
@@ -35,7 +39,9 @@ def idle(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test finds and leaves the shared server without work."""
     yield
     if "server" in request.fixturenames:
-        request.getfixturevalue("server").wait(lambda m: m["gearcpp_requests_running"] == m["gearcpp_requests_waiting"] == 0)
+        request.getfixturevalue("server").wait(
+            lambda m: m["gearcpp_requests_running"] == m["gearcpp_requests_waiting"] == m["llamacpp:requests_processing"] == 0
+        )
 
 
 def post(server: Server, path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
@@ -89,13 +95,19 @@ def test_a_stream_tells_what_it_took_where_that_is_asked_for(server: Server) -> 
     chunks = list(
         server.client().completions.create(model="books", prompt=PROMPT, max_tokens=9, temperature=0, stream=True, stream_options={"include_usage": True})
     )
-    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 9 and chunks[-1].choices == []
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 9
     assert all(chunk.usage is None and chunk.choices for chunk in chunks[:-1])
     messages: Any = [{"role": "user", "content": "Who are you?"}]
     events = list(
         server.client().chat.completions.create(model="books", messages=messages, max_tokens=9, stream=True, stream_options={"include_usage": True})
     )
-    assert events[-1].usage and events[-1].usage.prompt_tokens > 5 and events[-1].id == events[0].id and events[-1].object == events[0].object
+    assert (
+        events[-1].usage
+        and events[-1].choices == []
+        and events[-1].usage.prompt_tokens > 5
+        and events[-1].id == events[0].id
+        and events[-1].object == events[0].object
+    )
 
 
 def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(server: Server) -> None:
@@ -117,13 +129,12 @@ def test_a_seed_repeats_an_answer_and_without_one_answers_differ(server: Server)
 
 
 def test_log_probabilities_without_logits_all(server: Server) -> None:
-    (choice,) = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3).choices
-    found = choice.logprobs
-    assert found and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
-    assert "".join(found.tokens) == choice.text and len(found.tokens) == 8
-    assert [offset - len(PROMPT) for offset in found.text_offset] == [len("".join(found.tokens[:i])) for i in range(8)]
-    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
-        assert logprob is not None and logprob == max(top.values()) == top[token]  # greedy
+    answer = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3).model_dump()
+    found = answer["choices"][0]["logprobs"]["content"]  # llama-server gives both kinds of completion the form of a chat's
+    assert "".join(item["token"] for item in found) == answer["choices"][0]["text"] and len(found) == 8
+    for item in found:
+        top = {other["token"]: other["logprob"] for other in item["top_logprobs"]}
+        assert len(top) == 3 and item["logprob"] == max(top.values()) == top[item["token"]]  # greedy
         assert sum(math.exp(value) for value in top.values()) < 1
     chat = server.client().chat.completions.create(
         model="books", messages=[{"role": "user", "content": "Hm"}], max_tokens=4, logprobs=True, top_logprobs=2, temperature=0
@@ -138,7 +149,7 @@ def test_a_grammar_and_a_logit_bias_are_followed(server: Server) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     chat = server.client().chat.completions.create(model="books", messages=[{"role": "user", "content": "?"}], max_tokens=100, response_format=form)
     assert isinstance(json.loads(chat.choices[0].message.content or "")["a"], bool)
-    _, tokens = post(server, "/extras/tokenize", b'{"input": " the"}')
+    _, tokens = post(server, "/tokenize", b'{"content": " the"}')
     biased = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(tokens["tokens"][-1]): 100})
     assert biased.choices[0].text == " the the the the"
 
@@ -158,14 +169,11 @@ def test_embeddings_have_unit_length_and_likeness_shows(server: Server) -> None:
     assert max(abs(x - y) for x, y in zip(alone, vectors[2], strict=True)) < 1e-2
 
 
-def test_no_tokens_are_no_tokens(server: Server) -> None:
-    answer = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=0, echo=True)
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (PROMPT, "length")
-    assert answer.usage and answer.usage.completion_tokens == 0 and answer.usage.prompt_tokens > 0
-    chunks = list(server.client().completions.create(model="books", prompt=PROMPT, max_tokens=0, stream=True))
-    assert [chunk.choices[0].text for chunk in chunks] == [""]
-    chat = server.client().chat.completions.create(model="books", messages=[{"role": "user", "content": "Hm"}], max_tokens=0)
-    assert not chat.choices[0].message.content
+def test_several_answers_and_several_prompts(server: Server) -> None:
+    answer = server.client().completions.create(model="books", prompt=PROMPT, max_tokens=8, n=2, temperature=1.5)
+    assert [choice.index for choice in answer.choices] == [0, 1] and answer.choices[0].text != answer.choices[1].text
+    answer = server.client().completions.create(model="books", prompt=[PROMPT, "Said the"], max_tokens=3, temperature=0)
+    assert len(answer.choices) == 2 and answer.choices[0].text != answer.choices[1].text
 
 
 def test_messages_in_parts_and_developers(server: Server) -> None:
@@ -177,17 +185,86 @@ def test_messages_in_parts_and_developers(server: Server) -> None:
     assert answer({"role": "developer", "content": "Be."}, {"role": "user", "content": parts}) == plain
 
 
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}},
+}
+
+
+def test_tools_for_a_template_without_them_are_refused(server: Server) -> None:
+    asked: Any = {"model": "books", "messages": [{"role": "user", "content": "Hm"}], "tools": [TOOL], "max_tokens": 1}
+    for choice in ("auto", "required"):
+        with pytest.raises(openai.BadRequestError, match="chat template knows no tools"):
+            server.client().chat.completions.create(**asked, tool_choice=choice)
+    assert server.client().chat.completions.create(**asked, tool_choice="none").choices
+
+
+def test_a_whole_answer_is_what_its_stream_says() -> None:
+    calls: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None},
+        {"tool_calls": [{"index": 0, "id": "a", "type": "function", "function": {"name": "weather", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"city":'}}, {"index": 1, "id": "b", "function": {"name": "time", "arguments": "{"}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '"Bonn"}'}}, {"index": 1, "function": {"arguments": "}"}}]},
+        {"reasoning_content": "Hm"},
+        {"reasoning_content": "."},
+    ]
+    events = [{"object": "chat.completion.chunk", "choices": [{"index": 0, "finish_reason": None, "delta": delta}]} for delta in calls]
+    events.append({"object": "chat.completion.chunk", "choices": [{"index": 0, "finish_reason": "tool_calls", "delta": {}}]})
+    events.append({"object": "chat.completion.chunk", "choices": [], "usage": {"total_tokens": 9}})
+
+    async def chunks() -> AsyncIterator[bytes]:
+        data = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+        yield data[:100]
+        yield data[100:]
+
+    whole = json.loads(asyncio.run(joined(chunks())))
+    functions = [{"name": "weather", "arguments": '{"city":"Bonn"}'}, {"name": "time", "arguments": "{}"}]
+    assert whole["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "Hm.",
+        "tool_calls": [{"id": name, "type": "function", "function": function} for name, function in zip("ab", functions, strict=True)],
+    }
+    assert (whole["object"], whole["choices"][0]["finish_reason"], whole["usage"]) == ("chat.completion", "tool_calls", {"total_tokens": 9})
+    events[-2]["choices"][0]["finish_reason"] = None  # type: ignore[index]
+    with pytest.raises(RequestError, match="without a reason"):
+        asyncio.run(joined(chunks()))
+
+
+def test_langchain(server: Server) -> None:
+    chat_openai = pytest.importorskip("langchain_openai", reason="LangChain is not installed: pip install langchain-openai").ChatOpenAI
+    chat = chat_openai(model="books", base_url=f"{server.url}/v1", api_key="none", temperature=0, max_tokens=8)
+    assert "".join(str(chunk.content) for chunk in chat.stream("Hm")) == chat.invoke("Hm").content != ""
+
+
+def test_other_routes_of_llama_server(server: Server) -> None:
+    status, answer = post(server, "/v1/messages", json.dumps({"messages": [USER], "max_tokens": 3}).encode())
+    assert status == 200 and answer["role"] == "assistant" and answer["content"][0]["text"]
+    response = server.client().responses.create(model="books", input="Hm", max_output_tokens=16)
+    assert response.output_text
+    status, answer = post(server, "/v1/nothing", b"{}")
+    assert status == 404 and answer["error"]["message"] == "there is no POST /v1/nothing here"
+    status, answer = post(server, "/detokenize", b'{"tokens": [99999]}')
+    assert status == 400 and "0 to 4095" in answer["error"]["message"]
+    request = urllib.request.Request(server.url, headers={"Accept-Encoding": "gzip"})
+    with urllib.request.urlopen(request, timeout=PATIENCE) as page:
+        assert page.headers["content-type"].startswith("text/html")
+
+
 USER = {"role": "user", "content": "Hm"}
 REFUSED = [
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}, "images"),
-    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}, "image input is not supported"),
+    ({"messages": []}, "at least one message"),
+    ({"messages": "Hm"}, "messages must be a list"),
+    ({"messages": [{"content": "x"}]}, "role"),
     ({"messages": [USER], "tool_choice": "required"}, "no tools"),
-    ({"messages": [USER], "temperature": -1}, "temperature"),
     ({"messages": [USER], "max_tokens": -7}, "max_tokens"),
-    ({"messages": [USER], "temprature": 0.5}, "did you mean 'temperature'"),
-    ({"messages": [USER], "reasoning_effort": "high"}, "reasoning_effort is not supported"),
-    ({"messages": [USER], "stop": {"a": 1}}, "stop"),
+    ({"messages": [USER], "max_tokens": 0}, "max_tokens must be at least 1"),
+    ({"messages": [USER], "temperature": "hot"}, "temperature"),
+    ({"messages": [USER], "stop": {"a": 1}}, "stop must be"),
+    ({"messages": [USER], "min_tokens": 5}, "min_tokens is not supported: ignore_eos"),
     ({"messages": [USER], "response_format": {"type": "xml"}}, "response_format"),
+    ({"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}}, "nonsense"),
 ]
 
 
@@ -214,19 +291,19 @@ def test_health_metrics_and_models_answer_during_a_generation(server: Server) ->
         assert json.load(response) == {"status": "ok"}
     assert len(list(server.client().models.list())) == 2
     first = server.metrics()
-    later = server.wait(lambda m: m["gearcpp_tokens_per_second"] > 0 and m["gearcpp_kv_exact_rows"] > first["gearcpp_kv_exact_rows"])
-    assert first["gearcpp_requests_running"] == 1
-    assert later["gearcpp_generated_tokens_total"] > first["gearcpp_generated_tokens_total"]
+    later = server.wait(lambda m: m["gearcpp_kv_exact_rows"] > first["gearcpp_kv_exact_rows"])
+    assert first["llamacpp:requests_processing"] == 1
     assert 0 < later["gearcpp_kv_bytes_used"] <= later["gearcpp_kv_bytes"] < later["gearcpp_kv_bytes_f16"]
     rest = list(stream)
     assert rest[-1].choices[0].finish_reason == "length"
     done = server.metrics()
-    assert done["gearcpp_kv_packed_tiles"] > 0 and done["gearcpp_kv_packed_rows"] > 0 and done["gearcpp_requests_running"] == 0
+    assert done["llamacpp:tokens_predicted_total"] > first["llamacpp:tokens_predicted_total"]
+    assert done["gearcpp_kv_packed_tiles"] > 0 and done["gearcpp_kv_packed_rows"] > 0 and done["llamacpp:requests_processing"] == 0
 
 
 def test_a_full_queue_is_429_and_nobody_in_it_suffers(server: Server) -> None:
     with ThreadPoolExecutor() as pool:
-        streams = [long_stream(server, max_tokens=1500, extra_body={"min_tokens": 1500}) for _ in range(2)]
+        streams = [long_stream(server, max_tokens=300, extra_body={"ignore_eos": True}) for _ in range(2)]
         waiting = pool.submit(lambda: server.client().completions.create(model="books", prompt=PROMPT, max_tokens=3))
         server.wait(lambda m: m["gearcpp_requests_waiting"] == 1)
         with pytest.raises(openai.RateLimitError, match="3 requests are in work or waiting") as caught:
@@ -241,40 +318,44 @@ def test_a_full_queue_is_429_and_nobody_in_it_suffers(server: Server) -> None:
 
 
 def test_a_client_that_goes_stops_its_generation_and_no_other(server: Server) -> None:
-    before = server.metrics()["gearcpp_generated_tokens_total"]
-    staying, going = long_stream(server, max_tokens=900, extra_body={"min_tokens": 900}), long_stream(server)
+    before = server.metrics()["llamacpp:tokens_predicted_total"]
+    staying, going = long_stream(server, max_tokens=300, extra_body={"ignore_eos": True}), long_stream(server)
     going.close()
     rest = list(staying)
     assert rest[-1].choices[0].finish_reason == "length"
-    done = server.wait(lambda m: m["gearcpp_requests_running"] == 0)
-    assert 900 <= done["gearcpp_generated_tokens_total"] - before < 900 + 3000
-    assert done["gearcpp_kv_cells_running"] == 0
+    done = server.wait(lambda m: m["llamacpp:requests_processing"] == 0)
+    assert 300 <= done["llamacpp:tokens_predicted_total"] - before < 300 + 1200
 
 
-def test_a_client_that_goes_without_a_stream_stops_its_generation_too(server: Server) -> None:
-    before = server.metrics()["gearcpp_generated_tokens_total"]
+@pytest.mark.parametrize("among_others", [False, True])
+def test_a_client_that_goes_without_a_stream_stops_its_generation_too(server: Server, among_others: bool) -> None:
+    before = server.metrics()["llamacpp:tokens_predicted_total"]
+    staying = long_stream(server, max_tokens=600) if among_others else None
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=PATIENCE)
     connection.request(
-        "POST", "/v1/completions", json.dumps({"prompt": PROMPT, "max_tokens": 3000, "min_tokens": 3000}), {"Content-Type": "application/json"}
+        "POST", "/v1/completions", json.dumps({"prompt": PROMPT, "max_tokens": 1200, "ignore_eos": True}), {"Content-Type": "application/json"}
     )
-    server.wait(lambda m: m["gearcpp_requests_running"] == 1)
+    server.wait(lambda m: m["llamacpp:requests_processing"] == 1 + among_others)
     connection.close()
-    done = server.wait(lambda m: m["gearcpp_requests_running"] == 0)
-    assert done["gearcpp_generated_tokens_total"] - before < 3000
+    done = server.wait(lambda m: m["llamacpp:requests_processing"] <= among_others)
+    if staying:
+        assert done["llamacpp:requests_processing"] == 1, "the client that stayed was through first: nothing is shown"
+        assert list(staying)[-1].choices[0].finish_reason == "length"
+    assert done["llamacpp:tokens_predicted_total"] - before < 1200
 
 
 def test_one_after_the_other_no_stream_is_cut() -> None:
     with serve("-c", "1024", "-np", "1") as server:
 
         def answer(i: int) -> tuple[int, str | None]:
-            extra: Any = {"min_tokens": 60}
+            extra: Any = {"ignore_eos": True}
             chunks = list(server.client().completions.create(model="x", prompt=f"{i}. {PROMPT}", max_tokens=60, stream=True, extra_body=extra))
             return len(chunks), chunks[-1].choices[0].finish_reason
 
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(answer, range(8)))
         assert [reason for _, reason in answers] == ["length"] * 8
-        assert server.metrics()["gearcpp_generated_tokens_total"] == 8 * 60
+        assert server.metrics()["llamacpp:tokens_predicted_total"] == 8 * 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -286,15 +367,12 @@ def test_one_after_the_other_no_stream_is_cut() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": "word " * 5000}, "tokens; this server's context has 4096"),
-        ({"prompt": PROMPT, "n": 2}, "n must be 1"),
-        ({"prompt": [PROMPT, PROMPT]}, "prompt must be a string"),
+        ({"prompt": "word " * 5000}, "exceeds the available context size \\(4096 tokens\\)"),
         ({"prompt": PROMPT, "suffix": "end"}, "suffix is not supported"),
-        ({"prompt": PROMPT, "logprobs": 100}, "logprobs must be 0 to 20"),
-        ({"prompt": PROMPT, "logprobs": 1, "echo": True}, "leave echo or logprobs out"),
-        ({"prompt": PROMPT, "temperature": "hot"}, "temperature: Input should be a valid number"),
+        ({"prompt": PROMPT, "echo": True}, "echo is not supported"),
+        ({"prompt": PROMPT, "temperature": "hot"}, "temperature"),
         ({"prompt": PROMPT, "logit_bias": {"99999": 1}}, "logit_bias names token 99999"),
-        ({"prompt": PROMPT, "extra_body": {"grammar": "root ::= nonsense ("}}, "the grammar cannot be read"),
+        ({"prompt": PROMPT, "extra_body": {"grammar": "root ::= nonsense ("}}, "failed to parse grammar: expecting '\\)' at"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said_as_a_400(server: Server, arguments: dict[str, Any], message: str, stream: bool) -> None:
@@ -336,14 +414,19 @@ def test_a_body_too_large_is_413_however_it_is_sent(server: Server) -> None:
 
 
 def test_a_text_too_long_to_embed_is_not_cut_off(server: Server) -> None:
-    with pytest.raises(openai.BadRequestError, match="at most 2048 are taken"):
+    with pytest.raises(openai.BadRequestError, match="too large to process"):
         server.client().embeddings.create(model="books", input="word " * 3000)
 
 
-def test_no_page_of_another_origin_may_read_answers(server: Server) -> None:
-    request = urllib.request.Request(f"{server.url}/v1/models", headers={"Origin": "https://evil.example"})
-    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
-        assert not [name for name in response.headers if name.lower().startswith("access-control")]
+def test_no_page_of_another_origin_may_use_it(server: Server) -> None:
+    port = server.url.rpartition(":")[2]
+    for origin, status in (("https://evil.example", 403), ("null", 403), ("http://localhost:1", 403), (f"http://127.0.0.1:{port}", 200)):
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=PATIENCE)
+        connection.request("POST", "/tokenize", b'{"content": "x"}', {"Origin": origin, "Content-Type": "text/plain"})
+        response = connection.getresponse()
+        assert response.status == status, origin
+        assert not [name for name, _ in response.getheaders() if name.lower().startswith("access-control")]
+        connection.close()
 
 
 def test_a_page_whose_name_points_here_is_refused(server: Server) -> None:
@@ -370,7 +453,7 @@ def test_api_key_chat_template_and_origins(tmp_path: Path) -> None:
     with serve("-m", model, "-c", "512", "--api-key", "secret", "--cors-origin", "https://good.example") as server:
         with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
             server.client("wrong").completions.create(model="x", prompt="Hi")
-        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
+        for path in ("/v1/models", "/metrics", "/slots", "/"):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(server.url + path, timeout=PATIENCE)
             assert caught.value.code == 401

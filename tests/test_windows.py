@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,35 +97,3 @@ def test_whole_windows_go_back_anywhere(path: Path) -> None:
     llm.n_tokens = 100
     llm.eval([5])
     llm.shift_context(1, 50)
-
-
-@KV_TYPES
-def test_served_windows(path: Path, kv_type: Any) -> None:
-    """Requests that begin alike share no cells of a window that goes on; a later turn takes over its own. The answers are those of a context alone."""
-    pytest.importorskip("fastapi")
-    from gearcpp.server.llama import ServedLlama
-
-    def served(n_parallel: int) -> ServedLlama:
-        return ServedLlama(str(path), n_parallel=n_parallel, kv_type=kv_type, n_ctx=N_CTX, n_batch=64, n_threads=1, flash_attn=True, verbose=False)
-
-    def answer(llm: ServedLlama, prompt: list[int]) -> dict[str, float]:
-        done = llm.create_completion(prompt, max_tokens=30, temperature=0, logprobs=2, logit_bias={llm.token_eos(): -100.0})
-        return dict(done["choices"][0]["logprobs"]["top_logprobs"][0])
-
-    start = tokens(200)
-    prompts = [[*start, 40 + i] for i in range(2)]
-    llm, alone = served(2), served(1)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            together = list(pool.map(lambda prompt: answer(llm, prompt), prompts))
-        assert llm.scheduler and llm.scheduler.counters.shared_tokens == 0
-        before = llm.scheduler.counters.prompt_tokens
-        answer(llm, [*llm.scheduler._slots[0].tokens, 77, 78])
-        assert llm.scheduler.counters.prompt_tokens - before == 2
-        for prompt, got in zip(prompts, together, strict=True):
-            expected = answer(alone, prompt)
-            assert set(expected) & set(got)
-            assert all(abs(expected[token] - got[token]) < 0.2 for token in set(expected) & set(got))
-    finally:
-        llm.close()
-        alone.close()

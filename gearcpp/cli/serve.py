@@ -1,40 +1,45 @@
-"""`gearcpp serve`: a server of OpenAI's API."""
+"""`gearcpp serve`: llama.cpp's server with a GEAR cache."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gearcpp.cli import _options as options
 from gearcpp.cli import app
-from gearcpp.cli._console import notice
-from gearcpp.cli._model import DEFAULT_CTX, default_threads, resolve_model, silence_llama_log
+from gearcpp.cli._console import mib, notice
+from gearcpp.cli._model import DEFAULT_CTX, default_threads, resolve_model
 from gearcpp.errors import ConfigError
 from gearcpp.model_info import read_model_info
 
 if TYPE_CHECKING:
-    from gearcpp.server.settings import GearServerSettings
+    from gearcpp.server.model import Model
+    from gearcpp.server.settings import ServerSettings
 
 _SERVER = "Server"
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def serve(
+    context: typer.Context,
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Listen here.", rich_help_panel=_SERVER)] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N", help="0: any free one.", rich_help_panel=_SERVER)] = 8080,
-    parallel: Annotated[
-        int, typer.Option("-np", "--parallel", min=1, metavar="N", help="Requests decoded together; they share the context.", rich_help_panel=_SERVER)
-    ] = 4,
+    parallel: Annotated[int, typer.Option("-np", "--parallel", min=1, metavar="N", help="Slots: requests decoded together.", rich_help_panel=_SERVER)] = 4,
     queue: Annotated[int, typer.Option("--queue", min=0, metavar="N", help="Requests that may wait; more get 429.", rich_help_panel=_SERVER)] = 64,
+    kv_budget: Annotated[
+        str | None, typer.Option("--kv-budget", metavar="SIZE", help="Most memory of all slots' caches, such as 4GiB.", rich_help_panel=_SERVER)
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option("--api-key", metavar="KEY", envvar="GEARCPP_API_KEY", help="What clients must send.", rich_help_panel=_SERVER)
     ] = None,
     alias: Annotated[str | None, typer.Option("-a", "--alias", metavar="NAME", help="Model's name; default: its file's.", rich_help_panel=_SERVER)] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Embed, too: loads the model a second time.", rich_help_panel=_SERVER)] = False,
-    chat_format: Annotated[
-        str | None, typer.Option("--chat-format", metavar="NAME", help="Chat format for a model without a template, as chatml.", rich_help_panel=_SERVER)
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="NAME", help="In place of the model's own, such as chatml.", rich_help_panel=_SERVER)
     ] = None,
     max_body: Annotated[int, typer.Option("--max-body", min=1, metavar="KIB", help="Largest request in KiB.", rich_help_panel=_SERVER)] = 8192,
     cors_origin: Annotated[
@@ -51,51 +56,54 @@ def serve(
     swa_full: options.SwaFull = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Serve OpenAI's API (needs the extra: pip install "gearcpp\\[server]"). Requests are decoded together in one compressed cache."""
+    """Serve OpenAI's API (needs the extra: pip install "gearcpp\\[server]") by llama.cpp's server. Its options that are not here go behind --."""
     try:
         from gearcpp.server.app import create_app, run
-        from gearcpp.server.settings import GearModelSettings, GearServerSettings, checked, read_config
+        from gearcpp.server.options import from_command_line
+        from gearcpp.server.settings import ModelSettings, ServerSettings, read_config
     except ModuleNotFoundError as error:
-        raise ConfigError(f"the server's packages are missing ({error.name}): pip install 'gearcpp[server]'") from error
+        name = (error.name or "").partition(".")[0]
+        raise ConfigError(f"the server's packages are missing ({name}): pip install 'gearcpp[server]'") from error
 
     if config:
+        if context.args:
+            raise ConfigError(f"--config has all settings: put {context.args[0]!r} under a model's options there")
         server, models = read_config(config)
     else:
-        values = {"host": host, "port": port, "max_queue": queue, "api_key": api_key, "max_body_bytes": max_body * 1024, "cors_origins": cors_origin or []}
-        server = checked(GearServerSettings, values)
+        server = ServerSettings(host=host, port=port, max_queue=queue, api_key=api_key, max_body_bytes=max_body * 1024, cors_origins=cors_origin or [])
         path = resolve_model(model, hf)
         trained = read_model_info(path).n_ctx_train
-        common = {"model": str(path), "n_threads": threads or default_threads(), "n_threads_batch": threads or default_threads(), "verbose": verbose}
-        if swa_full:
-            common["swa_full"] = True
         n_ctx = min(trained, DEFAULT_CTX) if ctx_size is None else ctx_size or trained
-        first = {"model_alias": alias or path.stem, "kv_type": kv, "n_ctx": n_ctx, "parallel": parallel, "chat_format": chat_format}
-        models = [checked(GearModelSettings, {**common, **first})]
-        if embeddings:
-            models.append(checked(GearModelSettings, {**common, **_embedder(first, min(trained, n_ctx))}))
+        first = ModelSettings(
+            model=str(path),
+            model_alias=alias or path.stem,
+            kv_type=kv,
+            n_ctx=n_ctx,
+            parallel=parallel,
+            kv_budget=_bytes(kv_budget) if kv_budget else None,
+            n_threads=threads or default_threads(),
+            chat_template=chat_template,
+            verbose=verbose,
+            options={**from_command_line(context.args), **({"swa-full": True} if swa_full else {})},
+        )
+        models = [first]
+        if embeddings:  # the same model once more; its cache is emptied for each batch, so there is nothing to compress
+            name, n_cell = f"{first.name}-embeddings", min(trained, n_ctx, 2048)
+            models.append(replace(first, model_alias=name, n_ctx=n_cell, kv_type="f16", kv_budget=None, embedding=True, options={}))
     _warn(server)
-    if not any(settings.verbose for settings in models):
-        silence_llama_log()
     application = create_app(server, models)
-    for line in _lines(application.state.proxy.loaded):
-        notice(line)
+    for served in application.state.models.values():
+        notice(_line(served))
     run(application, server, on_start=lambda url: notice(f"listening on {url}/v1"), log_level="info" if verbose else "warning")
 
 
-def _embedder(first: dict[str, Any], n_ctx: int) -> dict[str, Any]:
-    """The same model as one that embeds. Its cache is emptied for each batch: nothing to compress."""
-    n_batch = min(n_ctx, 2048)
-    return {
-        "model_alias": f"{first['model_alias']}-embeddings",
-        "kv_type": "f16",
-        "n_ctx": n_batch,
-        "n_batch": n_batch,
-        "n_ubatch": n_batch,
-        "embedding": True,
-    }
+def _bytes(size: str) -> int:
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])i?)?B?", size, re.IGNORECASE)):
+        raise ConfigError(f"--kv-budget wants a size such as 512MiB or 4GiB, not {size!r}")
+    return int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()))
 
 
-def _warn(server: GearServerSettings) -> None:
+def _warn(server: ServerSettings) -> None:
     from gearcpp.server.gate import LOOPBACK
 
     if server.host not in LOOPBACK and not server.api_key:
@@ -104,12 +112,11 @@ def _warn(server: GearServerSettings) -> None:
         notice("note: the API key crosses the network in the clear; put a proxy with TLS in front, or set ssl_certfile and ssl_keyfile in --config")
 
 
-def _lines(models: dict[str, Any]) -> list[str]:
-    from gearcpp.cli._report import cache_line
-
-    return [
-        f"{name} | {model.kv_type.name} | context {model.n_ctx()} for {model.n_parallel} at once | {cache_line(model)}"
-        if model.scheduler
-        else f"{name} | embeddings of up to {model.n_batch} tokens"
-        for name, model in models.items()
-    ]
+def _line(served: Model) -> str:
+    """What was loaded."""
+    settings, total = served.settings, served.kv_stats()["total"]
+    if settings.embedding:
+        return f"{served.name} | embeddings"
+    slots = f"{'each of ' if served.kv_type.gear else ''}{settings.parallel} slots"
+    memory = f"KV {mib(total['bytes_used'])}, when full {mib(total['bytes'])} (f16: {mib(total['bytes_f16'])})"
+    return f"{served.name} | {served.kv_type.name} | context {settings.n_ctx} for {slots} | {memory}"

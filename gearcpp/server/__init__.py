@@ -1,14 +1,15 @@
-"""`gearcpp serve`: a server of OpenAI's API with a GEAR cache. Needs the extra: pip install "gearcpp[server]".
+"""`gearcpp serve`: llama.cpp's own server with a GEAR cache under it. Needs the extra: pip install "gearcpp[server]".
 
     cli/serve.py   the command
-    app.py         llama-cpp-python's routes, /health and /metrics
-    gate.py        API key, size limit, queue limit, disconnects, errors of streams
-    requests.py    fields of OpenAI's API that those routes do not know
-    proxy.py       the models by name; llama.py: a model whose answers come from the scheduler
-    scheduler.py   several sequences decoded together; sequence.py: one of them; cells.py: the cells that they share
+    settings.py    what a server and its models are, from the command line or a configuration file
+    worker.py      a process with one model: llama.cpp's server (xllamacpp) on a socket of ours; options.py: its settings by llama-server's names
+    model.py       that process as the gate sees it
+    gate.py        what a request passes before llama.cpp's server sees it
+    upstream.py    one request to that server; errors.py: what OpenAI's API says of a failure
+    app.py         gate, models, /health and /metrics as one application
 
 >>> from gearcpp.server.app import create_app, run
->>> from gearcpp.server.settings import GearModelSettings, GearServerSettings
->>> server = GearServerSettings(port=8080)
->>> run(create_app(server, [GearModelSettings(model="model.gguf", n_ctx=8192)]), server)
+>>> from gearcpp.server.settings import ModelSettings, ServerSettings
+>>> server = ServerSettings(port=8080)
+>>> run(create_app(server, [ModelSettings(model="model.gguf", n_ctx=8192)]), server)
 """

@@ -1,67 +1,52 @@
-"""What goes wrong with a request, and how OpenAI's API says it."""
+"""What goes wrong with a request, as OpenAI's API says it."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import json
+import re
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
-from jinja2 import TemplateError
-from starlette.exceptions import HTTPException
-
-from gearcpp.errors import ClosedError, ConfigError, GearError, OutOfMemoryError
-
-logger = logging.getLogger("gearcpp.server")
+_LONGEST = 400  # characters of a message
+# llama.cpp's server answers these with 500 or 501, though it is the request that has to change.
+_OF_THE_REQUEST = re.compile("not support|too large|jinja|template|grammar|schema|prompt|token|parse|image|audio|must |expected|invalid", re.IGNORECASE)
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-class ContextLengthError(ConfigError):
-    """A prompt that does not fit into the context."""
+class RequestError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = body(status, message, code)
+        self.headers = headers or {}
 
 
-class CancelledError(GearError):
-    """The client is gone, or the server stops: nobody waits for this answer."""
-
-
-def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
-    """HTTP status and JSON body for an exception. What the client can do nothing about is logged here, with its traceback."""
-    while isinstance(getattr(error, "exceptions", None), tuple):  # an exception group, of which Python 3.10 has no class
-        error = error.exceptions[0]  # type: ignore[attr-defined]
-    if isinstance(error, HTTPException):
-        return error.status_code, body(error.status_code, str(error.detail))
-    if isinstance(error, RequestValidationError):
-        return 400, body(400, _problems(error.errors()))
-    if isinstance(error, ContextLengthError):
-        return 400, body(400, str(error), code="context_length_exceeded")
-    if isinstance(error, (CancelledError, ClosedError, OutOfMemoryError)):
-        return 503, body(503, str(error))
-    if isinstance(error, (ConfigError, TemplateError)) or (isinstance(error, ValueError) and not isinstance(error, GearError)):
-        return 400, body(400, str(error) or type(error).__name__)
-    logger.error("a request failed", exc_info=error)
-    return 500, body(500, str(error) if isinstance(error, GearError) else f"unexpected {type(error).__name__}; the server's log has the rest")
-
-
-def body(status: int, message: str, *, code: str | None = None) -> dict[str, Any]:
+def body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """The JSON object that OpenAI's API answers with when it does not do what was asked."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def _problems(found: Sequence[dict[str, Any]]) -> str:
-    """What is wrong, a few fields at most. Where one of several kinds would do, pydantic names every kind: of those only the field is said."""
-    by_field: dict[str, list[dict[str, Any]]] = {}
-    for problem in found:
-        field = next((str(part) for part in problem.get("loc", ()) if part != "body"), "")
-        by_field.setdefault(field, []).append(problem)
-    return "; ".join(
-        _where(problems[0]) if len(problems) == 1 else f"{field}: it has not the form that this field takes in OpenAI's API ({problems[0]['msg']})"
-        for field, problems in list(by_field.items())[:5]
-    )
+def translate(status: int, data: bytes, asked: str) -> RequestError:
+    """An error of llama.cpp's server as one of OpenAI's API: one sentence, and a status that says whose fault it is.
 
-
-def _where(problem: dict[str, Any]) -> str:
-    place = ".".join(str(part) for part in problem.get("loc", ()) if part != "body")
-    if problem.get("type") == "json_invalid":
-        return f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}"
-    return f"{place}: {problem['msg']}" if place else str(problem["msg"])
+    Args:
+        status: HTTP's.
+        data: the body.
+        asked: method and path.
+    """
+    try:
+        error = json.loads(data)["error"]
+        message = str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        error, message = {}, data.decode("utf-8", "replace") or f"llama.cpp's server answered with status {status}"
+    message = " ".join(re.sub(r"\[json\.exception\.[\w.]+\] ", "", message).split())
+    if len(message) > _LONGEST:
+        message = message[: _LONGEST - 3] + "..."
+    if message == "File Not Found":
+        message = f"there is no {asked} here"
+    code = "context_length_exceeded" if error.get("type") == "exceed_context_size_error" else None
+    if status >= 500 and status != 503 and _OF_THE_REQUEST.search(message):
+        status = 400
+    return RequestError(status, message, code)

@@ -1,52 +1,84 @@
-"""What a request passes before llama-cpp-python's routes see it: host name, API key, size, a place in the queue, and a look at the body.
+"""What a request passes before llama.cpp's server sees it: host name and origin, API key, size, a look at the body, a place in the queue.
 
-It also tells those who work for a client when it goes, and makes an error that comes before the first piece of a stream an HTTP error: the routes send
-the headers of a stream before they call the model.
+What lies behind is trusted to answer right, not to guard itself: any page may talk to it, and it takes as many requests as come.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Coroutine, Mapping
 from typing import Any
+from urllib.parse import parse_qs, quote
 
-import anyio
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import errors, requests
-from .client import Client, current_client
+from . import errors
+from .errors import RequestError
+from .model import Model
+from .upstream import Answer, UpstreamError, ask
+from .whole import can_be_streamed, joined
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PUBLIC = ("/health", "/v1/health")  # no API key: load balancers ask here
+# Paths whose requests take their turn, without /v1; all others answer at once.
+_ANSWERS = ("/completion", "/completions", "/chat/completions", "/responses", "/messages", "/infill", "/systemone", "/audio/transcriptions")
+_EMBEDDINGS = ("/embedding", "/embeddings", "/rerank", "/reranking")
+_CHATS = ("/chat/completions", "/responses", "/messages", "/apply-template")
+_JSON = (*_ANSWERS, *_EMBEDDINGS, "/apply-template", "/tokenize", "/detokenize")  # whose bodies are JSON objects, and may name a model
+_PASSED_ON = ("content-type", "accept", "accept-encoding")
+# What llama.cpp's server would leave out without a word though the answer would be another.
+_REFUSED = {
+    "suffix": "ask /infill for what stands between two texts",
+    "echo": "put the prompt before the answer",
+    "best_of": "take n and choose",
+    "min_tokens": "ignore_eos keeps an answer from ending before max_tokens",
+}
 
 
 class Gate:
-    """ASGI middleware.
+    """ASGI application: requests for models go to their processes, the others to ``app``.
 
     Args:
-        app: what lies behind.
+        app: what answers /health, /metrics and /v1/models.
+        models: by name; the first is meant by a name that is not known.
         api_key: what clients must send as a bearer token; None: nothing.
-        is_private: only requests that name this machine itself as their host are taken. A web page whose own name was made to point here (DNS rebinding)
-            would otherwise be of the same origin as this server.
+        is_private: only requests that name this machine itself as their host are taken, and none of a web page of elsewhere. A page whose own name was
+            made to point here (DNS rebinding) would otherwise be of the same origin as this server.
         max_body_bytes: of a request; larger ones are answered with 413.
-        max_requests: requests to generating paths that are in work or wait; any more are answered with 429.
+        max_queue: requests to a model beyond those that it works on; any more are answered with 429.
+        origins: web pages that may use the server.
         counts: requests answered, by path and status; counted here.
+        n_requests: those in work or waiting, by model; counted here, too.
     """
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None, is_private: bool, max_body_bytes: int, max_requests: int, counts: Counter[tuple[str, int]]
+        self,
+        app: ASGIApp,
+        *,
+        models: Mapping[str, Model],
+        api_key: str | None,
+        is_private: bool,
+        max_body_bytes: int,
+        max_queue: int,
+        origins: list[str],
+        counts: Counter[tuple[str, int]],
+        n_requests: Counter[str],
     ) -> None:
         self._app = app
+        self._models = models
         self._api_key = api_key
         self._is_private = is_private
         self._max_body_bytes = max_body_bytes
-        self._max_requests = max_requests
+        self._max_queue = max_queue
+        self._origins = origins
         self._counts = counts
-        self._n_requests = 0
+        self._n_requests = n_requests
+        self._slots = {name: asyncio.Semaphore(model.settings.parallel) for name, model in models.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -54,169 +86,219 @@ class Gate:
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        headers = Headers(scope=scope)
-        sender = _Sender(send)
+        kind = path.removeprefix("/v1")
+        status = 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        async def fail(error: RequestError) -> None:
+            if not status:
+                await JSONResponse(error.body, error.status, error.headers)(scope, receive, counted)
+            else:  # of a stream, whose last event it is
+                await send({"type": "http.response.body", "body": f"data: {json.dumps(error.body)}\n\n".encode(), "more_body": False})
+
         try:
-            if self._is_private and _host(headers) not in LOOPBACK:
-                await sender.refuse(403, f"this server is private to its machine: ask for localhost, not {_host(headers)!r}, or start it with an API key")
-                return
-            if self._api_key and path not in PUBLIC and not _has_key(headers, self._api_key):
-                await sender.refuse(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'", {"WWW-Authenticate": "Bearer"})
-                return
+            headers = Headers(scope=scope)
+            self._check(path, headers)
             data = await self._read(headers, receive)
-            if data is None:
-                await sender.refuse(413, f"the request is larger than {self._max_body_bytes} bytes")
-                return
-            if scope["method"] == "POST" and path in requests.GENERATING:
-                await self._generate(path, scope, data, receive, sender)
+            if scope["method"] in ("GET", "HEAD") and kind in ("/health", "/metrics", "/models"):
+                await self._app(scope, receive, counted)
             else:
-                await self._app(scope, _Replay(data, receive), sender)
-                await sender.finish()
+                await self._work(scope, path, kind, data, receive, counted)
+        except RequestError as error:
+            await fail(error)
+        except UpstreamError as error:
+            await fail(RequestError(503, str(error)))
+        except asyncio.CancelledError:
+            await fail(RequestError(503, "the server stops"))
         except _Disconnected:
             return
         finally:
-            if sender.status:
-                self._counts[path if path in requests.GENERATING else "other", sender.status] += 1
+            if status:
+                self._counts[path if kind in (*_ANSWERS, *_EMBEDDINGS) else "other", status] += 1
 
-    async def _generate(self, path: str, scope: Scope, data: bytes, receive: Receive, sender: _Sender) -> None:
-        if self._n_requests >= self._max_requests:
-            await sender.refuse(429, f"{self._n_requests} requests are in work or waiting, no more are taken: try again later", {"Retry-After": "1"})
-            return
-        self._n_requests += 1
-        client = Client()
-        token = current_client.set(client)
-        try:
-            request = requests.prepare(path, data)
-            replay = _Replay(request.body, receive)
-            if request.wants_usage:
-                sender.last_event = lambda: _last_event(path, client)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(replay.watch, client)
-                try:
-                    await self._app(scope, replay, sender)
-                    await sender.finish()
-                except Exception as error:
-                    await sender.fail(error)
-                tasks.cancel_scope.cancel()
-        except Exception as error:
-            await sender.fail(error)
-        finally:
-            client.go()
-            current_client.reset(token)
-            self._n_requests -= 1
+    def _check(self, path: str, headers: Headers) -> None:
+        """Who may come in."""
+        host, origin = _host(headers), headers.get("origin")
+        if self._is_private and host not in LOOPBACK:
+            raise RequestError(403, f"this server is private to its machine: ask for localhost, not {host!r}, or start it with an API key")
+        own = origin and origin.partition("://")[2] == headers.get("host")
+        if self._is_private and origin and not own and not {origin, "*"} & {*self._origins}:
+            raise RequestError(403, f"pages of {origin} may not use this server: --cors-origin or an API key lets them")
+        if self._api_key and path not in PUBLIC and not _has_key(headers, self._api_key):
+            raise RequestError(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'", headers={"WWW-Authenticate": "Bearer"})
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body, or None when it is too large; what is too large is read to its end without being kept, so that the client hears why."""
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        """The whole body; what is too large is read to its end without being kept, so that the client hears why."""
         length = headers.get("content-length", "")
         chunks: list[bytes] = []
-        n_bytes, is_over = 0, length.isdigit() and int(length) > self._max_body_bytes
-        while True:
+        n_bytes, is_over, more = 0, length.isdigit() and int(length) > self._max_body_bytes, True
+        while more and n_bytes <= 8 * self._max_body_bytes:  # one that sends still more does not want to hear
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _Disconnected
-            chunk = message.get("body", b"")
-            n_bytes += len(chunk)
+            n_bytes += len(message.get("body", b""))
             is_over = is_over or n_bytes > self._max_body_bytes
-            if is_over:
-                chunks.clear()
-                if n_bytes > 8 * self._max_body_bytes:  # it does not want to hear
-                    return None
-            else:
-                chunks.append(chunk)
-            if not message.get("more_body"):
-                return None if is_over else b"".join(chunks)
+            chunks = [] if is_over else [*chunks, message.get("body", b"")]
+            more = message.get("more_body", False)
+        if is_over:
+            raise RequestError(413, f"the request is larger than {self._max_body_bytes} bytes")
+        return b"".join(chunks)
+
+    async def _work(self, scope: Scope, path: str, kind: str, data: bytes, receive: Receive, send: Send) -> None:
+        """Pass a request on to its model."""
+        query = scope["query_string"].decode("latin-1")
+        name = next(iter(parse_qs(query).get("model", [])), None)
+        headers = Headers(scope=scope)
+        request, is_joined = None, False
+        if scope["method"] == "POST" and kind in _JSON and not headers.get("content-type", "").startswith("multipart/"):
+            request = _parsed(data)
+            name = request["model"] if isinstance(request.get("model"), str) else name
+        model = self._model(name, kind)
+        if request is not None:
+            _check_request(request, kind, model)
+            if kind in _CHATS and request.get("tools") and request.get("tool_choice") != "none" and not await model.knows_tools():
+                raise RequestError(400, "this model's chat template knows no tools: leave tools out, or start the server with a --chat-template that does")
+            is_joined = can_be_streamed(request, kind)
+            options = {"stream": True, "stream_options": {"include_usage": True}} if is_joined else {}
+            data = json.dumps({**request, "model": model.name, **options}).encode()
+        passed = [(name, headers[name]) for name in _PASSED_ON if name in headers]
+        target = quote(path) + (f"?{query}" if query else "")
+        work = _pass_on(model, scope["method"], target, passed, data, is_joined, scope, send)
+        if kind in (*_ANSWERS, *_EMBEDDINGS):
+            await self._in_turn(model, work, receive)
+        else:
+            await _while_there(work, receive)
+
+    async def _in_turn(self, model: Model, work: Coroutine[Any, Any, None], receive: Receive) -> None:
+        """Wait here for a slot: those who wait in llama.cpp's server and go, it misses only when it has begun with them."""
+        n = self._n_requests[model.name]
+        if n >= model.settings.parallel + self._max_queue:
+            work.close()
+            raise RequestError(429, f"{n} requests are in work or waiting, no more are taken: try again later", headers={"Retry-After": "1"})
+
+        async def turn() -> None:
+            try:
+                async with self._slots[model.name]:
+                    await work
+            finally:
+                work.close()
+
+        self._n_requests[model.name] += 1
+        try:
+            await _while_there(turn(), receive)
+        finally:
+            self._n_requests[model.name] -= 1
+
+    def _model(self, name: str | None, kind: str) -> Model:
+        """The model that is meant. Embeddings go to the model that was loaded for them, whatever model is named."""
+        named = self._models.get(name or "") or next(iter(self._models.values()))
+        if kind in _EMBEDDINGS and not named.settings.embedding:
+            named = next((model for model in self._models.values() if model.settings.embedding), named)
+            if not named.settings.embedding:
+                raise RequestError(400, "this server does not embed: start it with --embeddings")
+        if kind in _ANSWERS and named.settings.embedding:
+            raise RequestError(400, f"{named.name} embeds, and does nothing else")
+        return named
 
 
 class _Disconnected(Exception):
     """The client went before its request was there."""
 
 
-class _Replay:
-    """A receive that gives a body already read, and afterwards what the connection says."""
+async def _while_there(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Do work for as long as the client waits for it."""
 
-    def __init__(self, data: bytes, receive: Receive) -> None:
-        self._messages: list[Message] = [{"type": "http.request", "body": data, "more_body": False}]
-        self._receive = receive
-        self._watched = False
-        self._gone = anyio.Event()
-
-    async def __call__(self) -> Message:
-        if self._messages:
-            return self._messages.pop()
-        if not self._watched:
-            return await self._receive()
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def watch(self, client: Client) -> None:
-        """Tell the client's workers, and whoever calls this receive, when the connection closes."""
-        self._watched = True
-        while (await self._receive())["type"] != "http.disconnect":
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
             pass
-        client.go()
-        self._gone.set()
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
-class _Sender:
-    """A send that keeps two things of an event stream back: its headers until there is a piece, its end until the application is through without error."""
-
-    def __init__(self, send: Send) -> None:
-        self.status = 0  # that was sent
-        self._send = send
-        self._start: Message | None = None
-        self._end: Message | None = None
-        self._is_stream = False
-        self.last_event: Callable[[], bytes] = bytes  # what to send before the mark at a stream's end
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
-            self._start = message
-        elif not self._is_stream or message.get("body"):
-            if self._is_stream and message["body"].startswith(b"data: [DONE]"):
-                message = {**message, "body": self.last_event() + message["body"]}
-            await self._pass(message)
-        elif not message.get("more_body"):
-            self._end = message
-
-    async def finish(self) -> None:
-        """The application is through."""
-        if self._end:
-            end, self._end = self._end, None
-            await self._pass(end)
-
-    async def _pass(self, message: Message) -> None:
-        if self._start:
-            start, self._start = self._start, None
-            self.status = start["status"]
-            await self._send(start)
-        await self._send(message)
-
-    async def refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        """Answer with an error of ours."""
-        await self._answer(status, errors.body(status, message), headers)
-
-    async def fail(self, error: Exception) -> None:
-        """Answer with what an exception says; in a stream that has begun, as its last event."""
-        status, body = errors.describe(error)
-        if not self.status:
-            await self._answer(status, body)
-        elif self._is_stream:
-            await self._send({"type": "http.response.body", "body": f"data: {json.dumps(body)}\n\n".encode(), "more_body": False})
-
-    async def _answer(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
-        self.status = status
-        response = JSONResponse(body, status, headers)
-        await self._send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
-        await self._send({"type": "http.response.body", "body": response.body})
+async def _pass_on(model: Model, method: str, target: str, headers: list[tuple[str, str]], data: bytes, is_joined: bool, scope: Scope, send: Send) -> None:
+    """Let llama.cpp's server answer."""
+    async with ask(model.socket, method, target, headers, data) as answer:
+        if answer.status >= 400:
+            error = errors.translate(answer.status, await answer.read(), f"{method} {target.partition('?')[0]}")
+            if "parse grammar" in str(error) and (place := model.grammar_error()):
+                raise RequestError(error.status, f"{error}: {place}")
+            raise error
+        if is_joined:
+            await Response(await joined(answer.chunks()), media_type="application/json")(scope, _nothing, send)
+            return
+        if not any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in answer.headers):
+            whole = Response(await answer.read(), answer.status)
+            whole.raw_headers = [*answer.headers, *((name, value) for name, value in whole.raw_headers if name == b"content-length")]
+            await whole(scope, _nothing, send)
+            return
+        await _stream(answer, send)
 
 
-def _last_event(path: str, client: Client) -> bytes:
-    """The tokens that a stream took, as its route would send them if it knew of that."""
-    event = client.last_event
-    if event and path == requests.CHAT:
-        event = {**event, "id": f"chat{event['id']}", "object": "chat.completion.chunk"}
-    return f"data: {json.dumps(event)}\n\n".encode() if event else b""
+async def _stream(answer: Answer, send: Send) -> None:
+    """Pieces as they come."""
+    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+    async for chunk in answer.chunks():
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _nothing() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is not JSON: {error}") from error
+    if not isinstance(request, dict):
+        raise RequestError(400, "the body must be a JSON object")
+    return request
+
+
+def _check_request(request: dict[str, Any], kind: str, model: Model) -> None:
+    """Refuse what llama.cpp's server would answer with 500, or answer as if it had not been asked for."""
+    if kind in _CHATS and not model.has_template:
+        raise RequestError(400, "this model has no chat template: start the server with --chat-template, such as chatml, or ask /v1/completions")
+    if kind in ("/chat/completions", "/messages") and not (isinstance(request.get("messages"), list) and request["messages"]):
+        raise RequestError(400, "messages must be a list of at least one message")
+    if kind == "/completions" and "prompt" not in request:
+        raise RequestError(400, "prompt is missing")
+    if kind == "/detokenize":
+        tokens = request.get("tokens")
+        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < model.n_vocab for token in tokens):
+            raise RequestError(400, f"tokens must be a list of this model's tokens, 0 to {model.n_vocab - 1}")
+    if kind in _EMBEDDINGS and request.get("dimensions") is not None:
+        raise RequestError(400, "dimensions is not supported: the model's own number of dimensions is what there is")
+    if kind not in _ANSWERS:
+        return
+    for name, instead in _REFUSED.items():
+        if request.get(name) and not (name == "min_tokens" and request.get("ignore_eos")):
+            raise RequestError(400, f"{name} is not supported: {instead}")
+    if request.get("tool_choice") not in (None, "none", "auto") and not request.get("tools"):
+        raise RequestError(400, "tool_choice asks for a tool, and there are no tools")
+    stop = request.get("stop")
+    if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(text, str) for text in stop)):
+        raise RequestError(400, "stop must be a string or a list of strings")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if request.get(name) == 0:
+            raise RequestError(400, f"{name} must be at least 1")
+    bias = request.get("logit_bias")
+    for token in bias if isinstance(bias, dict) else []:
+        if token.lstrip("-").isdigit() and not 0 <= int(token) < model.n_vocab:
+            raise RequestError(400, f"logit_bias names token {token}: this model has tokens 0 to {model.n_vocab - 1}")
 
 
 def _host(headers: Headers) -> str:
@@ -227,4 +309,5 @@ def _host(headers: Headers) -> str:
 
 def _has_key(headers: Headers, api_key: str) -> bool:
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), api_key.encode())
+    key = key if scheme.lower() == "bearer" else headers.get("x-api-key", "")  # as Anthropic's clients send it
+    return hmac.compare_digest(key.strip().encode(), api_key.encode())

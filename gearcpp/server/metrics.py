@@ -1,52 +1,32 @@
-"""What Prometheus reads off the server. Nothing here waits for a model: schedulers keep their counters up to date themselves."""
+"""What Prometheus reads off the server: llama.cpp's figures of each model, and ours of its cache."""
 
 from __future__ import annotations
 
-import math
+import asyncio
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from gearcpp.cache.kv_type import KVType
+from .model import Model
+from .upstream import UpstreamError, ask
 
-if TYPE_CHECKING:
-    from .llama import ServedLlama
+_PATIENCE = 5.0  # seconds that llama.cpp's server may take for its own, which it counts between two batches
 
-# name, help, value of a scheduler's counters and its model's cache
+# name, help, value of `Model.kv_stats`
 _GAUGES = (
-    ("gearcpp_requests_running", "Sequences being decoded.", lambda c, kv: c.running),
-    ("gearcpp_requests_waiting", "Sequences waiting for a slot or for cells.", lambda c, kv: c.waiting),
-    ("gearcpp_tokens_per_second", "Tokens generated a second, all sequences together; 0 when nothing runs.", lambda c, kv: c.tokens_per_second),
-    ("gearcpp_kv_cells", "Cells of the KV cache (tokens of the context).", lambda c, kv: c.cells),
-    ("gearcpp_kv_cells_running", "Cells held by sequences being decoded.", lambda c, kv: c.cells_running),
-    ("gearcpp_kv_cells_kept", "Cells held only by finished sequences; they are given up when they are needed.", lambda c, kv: c.cells_kept),
-    ("gearcpp_kv_bytes", "Memory of the KV cache, reserved for the full context.", lambda c, kv: c.kv["total"]["bytes"]),
-    ("gearcpp_kv_bytes_used", "Of it, without tiles that hold nothing.", lambda c, kv: c.kv["total"]["bytes_used"]),
-    ("gearcpp_kv_bytes_f16", "What a plain f16 cache would take.", lambda c, kv: c.kv["total"]["bytes_f16"]),
-    ("gearcpp_kv_packed_tiles", "Packed tiles that hold something, summed over K and V of all layers.", lambda c, kv: packed_tiles(c.kv["layers"], kv)),
-    ("gearcpp_kv_packed_rows", "Rows read from packed tiles, summed over K and V of all layers.", lambda c, kv: c.kv["total"]["n_packed"]),
-    ("gearcpp_kv_exact_rows", "Rows kept exactly, summed over K and V of all layers.", lambda c, kv: c.kv["total"]["n_exact"]),
+    ("gearcpp_kv_bytes", "Memory of the KV cache if the context of every slot were full.", lambda kv: kv["bytes"]),
+    ("gearcpp_kv_bytes_used", "Of it, without tiles that hold nothing.", lambda kv: kv["bytes_used"]),
+    ("gearcpp_kv_bytes_f16", "What a plain f16 cache would take.", lambda kv: kv["bytes_f16"]),
+    ("gearcpp_kv_share_of_f16", "gearcpp_kv_bytes by gearcpp_kv_bytes_f16.", lambda kv: kv["bytes"] / max(kv["bytes_f16"], 1)),
+    ("gearcpp_kv_packed_rows", "Rows read from packed tiles, summed over K and V of all layers.", lambda kv: kv["n_packed"]),
+    ("gearcpp_kv_exact_rows", "Rows kept exactly, summed over K and V of all layers.", lambda kv: kv["n_exact"]),
+    ("gearcpp_kv_score_error_nats", "What packing does to scores, root mean square, by the cache's own estimate.", lambda kv: kv["score_error"]),
+    ("gearcpp_kv_value_error", "What packing does to values, as a share of their size, by the cache's own estimate.", lambda kv: kv["value_error"]),
+    ("gearcpp_kv_sides_staying_exact", "K and V of layers whose new rows stay f16, because packing changes them too much.", lambda kv: kv["n_stay_exact"]),
 )
-_COUNTERS = (
-    ("gearcpp_prompt_tokens", "Prompt tokens evaluated.", lambda c, kv: c.prompt_tokens),
-    ("gearcpp_shared_tokens", "Prompt tokens taken over from another sequence's cells.", lambda c, kv: c.shared_tokens),
-    ("gearcpp_generated_tokens", "Tokens generated.", lambda c, kv: c.generated_tokens),
-    ("gearcpp_steps", "Batches decoded.", lambda c, kv: c.steps),
-    ("gearcpp_step_seconds", "Seconds spent on them.", lambda c, kv: c.step_seconds),
-    ("gearcpp_preemptions", "Sequences that lost their cells to older ones and were evaluated again.", lambda c, kv: c.preemptions),
-    ("gearcpp_kv_tiles_packed", "Tiles encoded since the cache was made.", lambda c, kv: c.kv["total"]["n_pack"]),
-)
-
-
-def packed_tiles(layers: Iterable[Mapping[str, Any]], kv_type: KVType) -> int:
-    """Tiles that hold something, in the layers of `Llama.kv_stats`."""
-    if not kv_type.gear:
-        return 0
-    tiles = ((layer, layer["n_stream"] * math.ceil(layer["n_cell"] / kv_type.gear.tile)) for layer in layers if layer["bytes_tiles"])
-    return sum(round(layer["bytes_tiles_used"] / layer["bytes_tiles"] * n_tiles) for layer, n_tiles in tiles)
 
 
 class Metrics:
@@ -55,29 +35,64 @@ class Metrics:
     Args:
         models: by name.
         counts: requests answered, by path and status.
+        n_requests: those in work or waiting, by model.
     """
 
-    def __init__(self, models: Mapping[str, ServedLlama], counts: Counter[tuple[str, int]]) -> None:
+    def __init__(self, models: Mapping[str, Model], counts: Counter[tuple[str, int]], n_requests: Counter[str]) -> None:
         self._models = models
         self._counts = counts
+        self._n_requests = n_requests
         self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)  # memory, CPU seconds, open files
+        ProcessCollector(registry=self._registry)  # memory, CPU seconds, open files of the gate
         self._registry.register(self)  # type: ignore[arg-type]  # a collector is whatever has collect()
 
-    def text(self) -> bytes:
+    async def text(self) -> bytes:
         """Prometheus' text format."""
-        return generate_latest(self._registry)
+        own = await asyncio.to_thread(generate_latest, self._registry)
+        others = await asyncio.gather(*map(_upstream, self._models.values()))
+        lines: dict[str, None] = {}  # each help and type once
+        for line in sorted((line for text in others for line in text), key=_metric_of):
+            lines[line] = None
+        return own + "".join(f"{line}\n" for line in lines).encode()
 
     def collect(self) -> Iterator[Metric]:
         """For prometheus_client."""
-        served = [(name, model.scheduler.counters, model.kv_type) for name, model in self._models.items() if model.scheduler]
-        for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
-            for metric, meaning, value in table:
-                family = kind(metric, meaning, labels=["model"])
-                for name, counters, kv_type in served:
-                    family.add_metric([name], value(counters, kv_type))
-                yield family
+        totals = {name: model.kv_stats()["total"] for name, model in self._models.items()}
+        for metric, meaning, value in _GAUGES:
+            family = GaugeMetricFamily(metric, meaning, labels=["model"])
+            for name, total in totals.items():
+                if (number := value(total)) is not None:
+                    family.add_metric([name], number)
+            yield family
+        tiles = GaugeMetricFamily("gearcpp_kv_packed_tiles", "Packed tiles that hold something, summed over K and V of all layers.", labels=["model"])
+        packed = CounterMetricFamily("gearcpp_kv_tiles_packed", "Tiles encoded since the cache was made.", labels=["model"])
+        running = GaugeMetricFamily("gearcpp_requests_running", "Requests that a model works on.", labels=["model"])
+        waiting = GaugeMetricFamily("gearcpp_requests_waiting", "Requests waiting for a slot.", labels=["model"])
+        for name, model in self._models.items():
+            running.add_metric([name], min(self._n_requests[name], model.settings.parallel))
+            waiting.add_metric([name], max(self._n_requests[name] - model.settings.parallel, 0))
+            tiles.add_metric([name], model.packed_tiles())
+            packed.add_metric([name], totals[name]["n_pack"])
         requests = CounterMetricFamily("gearcpp_requests", "Requests answered.", labels=["path", "status"])
         for (path, status), n in dict(self._counts).items():
             requests.add_metric([path, str(status)], n)
-        yield requests
+        yield from (tiles, packed, running, waiting, requests)
+
+
+def _metric_of(line: str) -> str:
+    return re.sub(r"^# (HELP|TYPE) ", "", line).partition(" ")[0].partition("{")[0]
+
+
+async def _upstream(model: Model) -> list[str]:
+    """What llama.cpp's server says of itself, with the model's name as a label; nothing where it does not answer."""
+
+    async def read() -> bytes:
+        async with ask(model.socket, "GET", "/metrics") as answer:
+            return await answer.read() if answer.status == 200 else b""
+
+    try:
+        text = (await asyncio.wait_for(read(), _PATIENCE)).decode()
+    except (UpstreamError, asyncio.TimeoutError):
+        return []
+    name = model.name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return [line if line.startswith("#") else re.sub(r"^([\w:]+)", lambda m: f'{m[1]}{{model="{name}"}}', line) for line in text.splitlines() if line]

@@ -21,6 +21,7 @@ import pytest
 from chat_models import write_chat_model
 from server_process import PATIENCE, Server, serve
 
+from gearcpp.server import forced
 from gearcpp.server.errors import RequestError
 from gearcpp.server.whole import joined
 
@@ -486,3 +487,81 @@ def _drain(stream: Any) -> None:
     """Read to the end, whichever it is."""
     with contextlib.suppress(Exception):  # the HTTP library's own, which differs between releases of the client
         list(stream)
+
+
+TIME_TOOL: Any = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_demanded_tool_is_called(choice: Any, stream: bool) -> None:
+    """What the gate asks for, and what it makes of the answer."""
+    tools = [TOOL, TIME_TOOL]
+    request = {"tools": tools, "tool_choice": choice, "messages": []}
+    functions = forced.demanded(request, "/chat/completions")
+    assert [function["name"] for function in functions] == (["weather", "time"] if choice == "required" else ["weather"])
+    asked = forced.as_schema(request, functions)
+    schema = asked["response_format"]["json_schema"]["schema"]
+    assert asked["tool_choice"] == "none" and asked["tools"] == tools
+    text = '{"name": "weather", "arguments": {"city": "Bonn"}}' if choice == "required" else '{"city": "Bonn"}'
+    if choice == "required":
+        assert [one["properties"]["name"] for one in schema["anyOf"]] == [{"const": "weather"}, {"const": "time"}]
+    else:
+        assert schema == TOOL["function"]["parameters"]
+    answer = {
+        "object": "chat.completion",
+        "usage": {},
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+    }
+    whole = forced.as_call(json.dumps(answer).encode(), functions)
+    if stream:
+        events = [json.loads(line[6:]) for line in forced.as_stream(whole, has_usage=True).decode().split("\n\n") if line.startswith("data: {")]
+        assert [event["choices"][0]["finish_reason"] for event in events[:2]] == [None, "tool_calls"] and events[2]["usage"] == {}
+        message = events[0]["choices"][0]["delta"]
+        assert message["tool_calls"][0]["index"] == 0
+    else:
+        assert whole["choices"][0]["finish_reason"] == "tool_calls"
+        message = whole["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    assert call["function"]["name"] == "weather" and json.loads(call["function"]["arguments"]) == {"city": "Bonn"}
+
+
+def test_demanded_calls_that_are_cut_off_say_so() -> None:
+    answer = {"choices": [{"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": '{"ci'}}]}
+    one = forced.as_call(json.dumps(answer).encode(), [TOOL["function"]])["choices"][0]
+    assert one["finish_reason"] == "length" and one["message"]["tool_calls"][0]["function"]["arguments"] == '{"ci'
+    several = forced.as_call(json.dumps(answer).encode(), [TOOL["function"], TIME_TOOL["function"]])["choices"][0]
+    assert several["finish_reason"] == "length" and several["message"]["content"] == '{"ci'
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tool_choice": "must"}, "tool_choice must be"),
+        ({"tool_choice": {"type": "function", "function": {"name": "none"}}}, "'none', which is not among the tools"),
+        ({"tools": [{"type": "function"}]}, "must be a function with a name"),
+        ({"response_format": {"type": "json_object"}}, "response_format does not go together"),
+        ({"n": 2}, "n must be 1"),
+    ],
+)
+def test_demands_that_cannot_be_met(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        forced.demanded({"tools": [TOOL], "tool_choice": "required", **changes}, "/chat/completions")
+
+
+TOOL_TEMPLATE = (
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% for message in messages %}{{ message.role }}: {{ message.content }}\n"
+    "{% for call in message.tool_calls %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}assistant: "
+)
+
+
+def test_a_demanded_tool_is_called_by_a_real_server() -> None:
+    """With a template that knows tools; the model never saw one, so that only the schema can make it call."""
+    with serve("-c", "1024", "-np", "1", "--chat-template", TOOL_TEMPLATE) as own:
+        asked: Any = {"model": "m", "messages": [{"role": "user", "content": "Weather?"}], "max_tokens": 60, "temperature": 0}
+        demand: Any = {"type": "function", "function": {"name": "weather"}}
+        answer = own.client().chat.completions.create(**asked, tools=[TOOL], tool_choice=demand).choices[0]
+        (call,) = answer.message.tool_calls or []
+        assert answer.finish_reason == "tool_calls" and call.function.name == "weather" and set(json.loads(call.function.arguments)) == {"city"}
+        pieces = [piece.choices[0] for piece in own.client().chat.completions.create(**asked, tools=[TOOL], tool_choice=demand, stream=True)]
+        assert pieces[-1].finish_reason == "tool_calls" and pieces[0].delta.tool_calls and pieces[0].delta.tool_calls[0].function

@@ -9,7 +9,7 @@ import asyncio
 import hmac
 import json
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 from urllib.parse import parse_qs, quote
 
@@ -17,11 +17,13 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import errors
+from . import errors, forced
 from .errors import RequestError
 from .model import Model
 from .upstream import Answer, UpstreamError, ask
 from .whole import can_be_streamed, joined
+
+Finish = Callable[[bytes], Response]  # of a whole answer's JSON
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PUBLIC = ("/health", "/v1/health")  # no API key: load balancers ask here
@@ -154,6 +156,7 @@ class Gate:
         name = next(iter(parse_qs(query).get("model", [])), None)
         headers = Headers(scope=scope)
         request, is_joined = None, False
+        finish: Finish = _whole
         if scope["method"] == "POST" and kind in _JSON and not headers.get("content-type", "").startswith("multipart/"):
             request = _parsed(data)
             name = request["model"] if isinstance(request.get("model"), str) else name
@@ -162,12 +165,15 @@ class Gate:
             _check_request(request, kind, model)
             if kind in _CHATS and request.get("tools") and request.get("tool_choice") != "none" and not await model.knows_tools():
                 raise RequestError(400, "this model's chat template knows no tools: leave tools out, or start the server with a --chat-template that does")
+            if functions := forced.demanded(request, kind):
+                finish = _called(functions, request)
+                request = {**forced.as_schema(request, functions), "stream": False, "stream_options": None}
             is_joined = can_be_streamed(request, kind)
             options = {"stream": True, "stream_options": {"include_usage": True}} if is_joined else {}
             data = json.dumps({**request, "model": model.name, **options}).encode()
         passed = [(name, headers[name]) for name in _PASSED_ON if name in headers]
         target = quote(path) + (f"?{query}" if query else "")
-        work = _pass_on(model, scope["method"], target, passed, data, is_joined, scope, send)
+        work = _pass_on(model, scope["method"], target, passed, data, finish if is_joined else None, scope, send)
         if kind in (*_ANSWERS, *_EMBEDDINGS):
             await self._in_turn(model, work, receive)
         else:
@@ -227,16 +233,37 @@ async def _while_there(work: Coroutine[Any, Any, None], receive: Receive) -> Non
         await asyncio.wait(tasks)
 
 
-async def _pass_on(model: Model, method: str, target: str, headers: list[tuple[str, str]], data: bytes, is_joined: bool, scope: Scope, send: Send) -> None:
-    """Let llama.cpp's server answer."""
+def _whole(answer: bytes) -> Response:
+    return Response(answer, media_type="application/json")
+
+
+def _called(functions: list[dict[str, Any]], request: dict[str, Any]) -> Finish:
+    """What makes a call of the answer, in the form that the client asked for."""
+
+    def finish(answer: bytes) -> Response:
+        whole = forced.as_call(answer, functions)
+        if not request.get("stream"):
+            return JSONResponse(whole)
+        options = request.get("stream_options")
+        return Response(
+            forced.as_stream(whole, has_usage=isinstance(options, dict) and bool(options.get("include_usage"))), media_type="text/event-stream"
+        )
+
+    return finish
+
+
+async def _pass_on(
+    model: Model, method: str, target: str, headers: list[tuple[str, str]], data: bytes, finish: Finish | None, scope: Scope, send: Send
+) -> None:
+    """Let llama.cpp's server answer.   finish: what becomes of an answer whose stream is joined; None: it is passed on as it comes."""
     async with ask(model.socket, method, target, headers, data) as answer:
         if answer.status >= 400:
             error = errors.translate(answer.status, await answer.read(), f"{method} {target.partition('?')[0]}")
             if "parse grammar" in str(error) and (place := model.grammar_error()):
                 raise RequestError(error.status, f"{error}: {place}")
             raise error
-        if is_joined:
-            await Response(await joined(answer.chunks()), media_type="application/json")(scope, _nothing, send)
+        if finish:
+            await finish(await joined(answer.chunks()))(scope, _nothing, send)
             return
         if not any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in answer.headers):
             whole = Response(await answer.read(), answer.status)

@@ -5,6 +5,8 @@ read: no tensor, and of long arrays (a vocabulary) only the length.
 
 Sources: the GGUF format (ggml/docs/gguf.md); which keys decide what is read off llama.cpp's llama-model.cpp, llama-hparams.cpp, llama-kv-cache*.cpp,
 llama-memory-*.cpp and models/*.cpp, as llama-cpp-python 0.3.36 has them.
+
+One file of more than 500 lines: a new architecture changes what is read, the rules, and what is told of it at once.
 """
 
 from __future__ import annotations

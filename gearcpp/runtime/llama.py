@@ -1,4 +1,7 @@
-"""`Llama`: llama_cpp.Llama with a GEAR cache."""
+"""`Llama`: llama_cpp.Llama with a GEAR cache.
+
+One file of more than 500 lines: a class that overrides its parent's methods has to hold them; what can stand alone is in the modules beside it.
+"""
 
 from __future__ import annotations
 

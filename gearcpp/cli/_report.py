@@ -54,14 +54,15 @@ def answer_record(conversation: Conversation) -> dict[str, Any]:
 def stats_lines(conversation: Conversation) -> list[str]:
     """What the KV cache holds, for /stats."""
     llm = conversation.llm
-    total = llm.kv_stats()["total"]
+    stats = llm.kv_stats()
+    total = stats["total"]
     return [
         f"context: {len(conversation.dialogue.tokens)} of {llm.n_ctx()} tokens",
         f"memory: {mib(total['bytes'])} for the whole context, {mib(total['bytes_used'])} in use; f16 would take {mib(total['bytes_f16'])}",
         layers_line(llm),
         f"packed: {total['packed_share']:.0%} of the rows, {total['bits_per_element']:.2f} bits per element; the others are exact (f16)",
         f"all counted, exact rows and bookkeeping too: {total['bits_per_element_all']:.2f} bits per element of the whole context",
-        *error_lines(llm.kv_stats()),
+        *error_lines(stats),
     ]
 
 

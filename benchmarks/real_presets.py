@@ -42,8 +42,8 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["model"], row["n_ctx"], row["n_chunks"], row["kv"]
 
 
-def measure(model: Path, kv: list[str], arguments: argparse.Namespace) -> None:
-    settings = Settings(n_ctx=arguments.ctx, n_chunks=arguments.chunks, n_threads=arguments.threads, n_models=arguments.in_memory)
+def measure(model: Path, kv: list[str], arguments: argparse.Namespace, *, floor: bool) -> None:
+    settings = Settings(n_ctx=arguments.ctx, n_chunks=arguments.chunks, n_threads=arguments.threads, n_models=arguments.in_memory, floor=floor)
     measurement = Measurement(model, read_text(arguments.text), ",".join(kv), settings)
     last = 0.0
     for step in measurement.run():
@@ -107,8 +107,9 @@ def main() -> None:
         done = {key(row) for row in read_log(arguments.log)}
         kv = split_kv_types(arguments.kv) if arguments.kv else wanted_types()
         missing = [cache for cache in kv if (model.stem, arguments.ctx, arguments.chunks, cache) not in done]
+        has_floor = any(name == model.stem and kv.startswith("f16, -ub") for name, *_, kv in done)
         for i in range(0, len(missing), arguments.in_memory - 1):  # in pieces, so that little is lost when a run is stopped
-            measure(model, missing[i : i + arguments.in_memory - 1], arguments)
+            measure(model, missing[i : i + arguments.in_memory - 1], arguments, floor=i == 0 and not has_floor)
         rows = {
             row["kv"]: row
             for row in read_log(arguments.log)

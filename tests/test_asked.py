@@ -113,6 +113,8 @@ def test_a_lora_that_cannot_be_used_is_an_error(random_model: RandomModel, tmp_p
         ({"n_ctx": 2**31}, f"from 0 to {2**31 - 256}"),
         ({"n_threads": -2}, "n_threads"),
         ({"chat_format": "chatlm"}, "did you mean .*chatml"),
+        ({"pooling_type": 1}, "embedding=True"),
+        ({"spm_infill": True}, "spm_infill"),
     ],
 )
 def test_arguments_that_nothing_could_follow(random_model: RandomModel, given: dict[str, Any], message: str) -> None:

@@ -96,6 +96,7 @@ def parent_arguments(
     for name in ("n_threads", "n_threads_batch", "last_n_tokens_size"):
         if given.get(name) is not None:
             _whole(name, given[name], 0)
+    _without_effect(given)
     arguments["n_threads"], arguments["n_threads_batch"] = llama_threads(given.get("n_threads"), given.get("n_threads_batch"))
     if not has_cache:
         return arguments
@@ -106,6 +107,14 @@ def parent_arguments(
 def _whole(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MOST_CONTEXT:
         raise ConfigError(f"{name} must be a whole number from {low} to {_MOST_CONTEXT}, not {value!r}")
+
+
+def _without_effect(given: Mapping[str, Any]) -> None:
+    """Refuse what the parent would take and never use."""
+    if given.get("pooling_type", llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED) != llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED and not given.get("embedding"):
+        raise ConfigError("pooling_type says how embeddings are made: it needs embedding=True")
+    if given.get("spm_infill"):
+        raise ConfigError("spm_infill: llama-cpp-python puts token 0 where a model's own infill tokens belong; write those into the prompt, suffix first")
 
 
 def _rounded_context(n_ctx: Any, n_ctx_train: int) -> int:

@@ -7,15 +7,33 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from models import Shape, write_model
+
+from gearcpp.runtime import amx
 
 SEED = int(os.environ.get("GEARCPP_TEST_SEED", "1"))
 
 
 def pytest_report_header() -> str:
     return f"gearcpp: GEARCPP_TEST_SEED={SEED}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_broken_amx() -> None:
+    """Plain llama_cpp, which many tests compare with, does not know that its AMX kernels crash."""
+    if amx.works():
+        return
+    defaults = llama_cpp.llama_model_default_params
+
+    def spared() -> llama_cpp.llama_model_params:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_model_default_params = llama_cpp.llama_cpp.llama_model_default_params = spared
 
 
 @pytest.fixture

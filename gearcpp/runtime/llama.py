@@ -32,7 +32,7 @@ from ..cache.placement import Placement, choose_placement
 from ..cache.python_codec import Codec, codec_of
 from ..errors import ConfigError, DataError, GearError, OutOfMemoryError, UnsupportedError
 from ..model_info import NO_CACHE, ModelInfo, read_model_info
-from . import free_cells, sessions
+from . import amx, free_cells, sessions
 from .arguments import parent_arguments, taken
 from .asked import check_chat_format, check_grammar, check_sampling, check_schemas, chosen_logprobs, chosen_tools, plain_messages, plain_response_format
 from .closed import CLOSED
@@ -157,6 +157,7 @@ class Llama(llama_cpp.Llama):
     @model_params.setter
     def model_params(self, params: llama_cpp.llama_model_params) -> None:
         self._model_params = params
+        amx.avoid_if_broken(params)
         if self._device:
             self._device.attach(params)
             self._stack.callback(self._device.close)  # the first one pushed is the last one called: after the model is gone

@@ -24,6 +24,7 @@ from ..cache.python_codec import Codec, codec_of
 from ..config import check_names
 from ..errors import ConfigError
 from ..model_info import read_model_info
+from . import amx
 
 
 def model_params(
@@ -50,11 +51,11 @@ def model_params(
     kv = normalize_kv_type(kv_type)
     codec = codec_of(kv, codec)
     if not kv.gear:
-        return _filled(llama_cpp.llama_model_default_params(), fields, reserved=()), None
+        return _filled(_default_params(), fields, reserved=()), None
     info, placement = read_model_info(path), Placement()
     if native.default_devices() != placement.devices:
         placement = choose_placement({name: fields.pop(name) for name in ARGUMENTS if name in fields}, info.n_layer)
-    params = _filled(llama_cpp.llama_model_default_params(), fields, reserved=("devices", "n_gpu_layers", "split_mode", "tensor_split"))
+    params = _filled(_default_params(), fields, reserved=("devices", "n_gpu_layers", "split_mode", "tensor_split"))
     device = GearDevice(info, kv.gear, n_ubatch=n_ubatch, codec=codec, placement=placement)
     device.attach(params)
     return params, device
@@ -71,6 +72,12 @@ def context_params(kv_type: KVTypeLike = "gear", **fields: Any) -> llama_cpp.lla
     params.type_k, params.type_v = kv.type_numbers
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     return _filled(params, fields, reserved=("type_k", "type_v", *(("flash_attn_type", "offload_kqv") if kv.gear else ())))
+
+
+def _default_params() -> llama_cpp.llama_model_params:
+    params = llama_cpp.llama_model_default_params()
+    amx.avoid_if_broken(params)
+    return params
 
 
 def _filled(params: Any, fields: dict[str, Any], reserved: tuple[str, ...]) -> Any:

@@ -1,9 +1,9 @@
 """llama.cpp's AMX kernels, where they crash.
 
-Builds of llama.cpp for processors with AMX can die of the first product with quantized weights. GCC 12 leaves out most of the tile configuration, since its
-own header says that ldtilecfg reads 8 bytes; and threads other than the first may lack Linux's permission for tile data (ggml-org/llama.cpp#26954). No error
-comes out of that, only a signal. So where llama.cpp was built with AMX a process of its own tries it once. Where that one dies, weights are not put into
-buffers for AMX. llama.cpp's other repacked formats go with them, for one parameter is for both.
+Builds of llama.cpp for processors with AMX can die of the first product with quantized weights. GCC 12 leaves out most of the tile configuration,
+since its own header says that ldtilecfg reads 8 bytes; and threads other than the first may lack Linux's permission for tile data (ggml-
+org/llama.cpp#26954). No error comes out of that, only a signal. So where llama.cpp was built with AMX a process of its own tries it once. Where that
+one dies, weights are not put into buffers for AMX. llama.cpp's other repacked formats go with them, for one parameter is for both.
 """
 
 from __future__ import annotations

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gearcpp import ConfigError, DataError, Llama
+from gearcpp import BusyError, ConfigError, DataError, Llama
 from gearcpp.cli import main
+from gearcpp.evaluation.run_log import RunLog
 from gearcpp.evaluation.tasks import (
     Answer,
     Problem,
+    Search,
     answer,
     compare_answers,
     final_number,
@@ -238,6 +241,111 @@ def test_needle_end_to_end(bundled_model: Path, text_file: Path, tmp_path: Path,
     assert output.out.splitlines()[0].split("|")[-3:-1] == [" 200 tokens ", " 300 tokens "]
     assert "gear: nothing was packed in these contexts" in output.err
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+class Stopped(BaseException):
+    """Ends a run in the midst of it."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, n_answers: int, error: type[BaseException]) -> list[int]:
+    """Let so many answers be given; the list returned counts them."""
+    given: list[int] = []
+
+    def limited(*arguments: Any, **options: Any) -> Answer:
+        if len(given) == n_answers:
+            raise error
+        given.append(1)
+        return answer(*arguments, **options)
+
+    monkeypatch.setattr("gearcpp.evaluation.tasks.answer", limited)
+    return given
+
+
+TASKS = {
+    "drift": ["TEXT", "--prompts", 2, "--prompt-size", 600, "-n", 6, "-c", 1024],
+    "needle": ["TEXT", "--lengths", "300", "--depths", 2, "-c", 512],
+    "gsm8k": ["PROBLEMS", "-n", 6, "-c", 1024],
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_stopped_run_goes_on_where_it_was(
+    bundled_model: Path,
+    text_file: Path,
+    problem_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    error: type[BaseException],
+) -> None:
+    files = {"TEXT": text_file, "PROBLEMS": problem_file}
+    arguments = [task, *(files.get(str(word), word) for word in TASKS[task]), "-m", bundled_model, "--kv", "gear,gear2", "-t", 1, "--json"]
+    assert run(*arguments) == 0
+    whole = json.loads(capsys.readouterr().out)
+    kept = tmp_path / "run.jsonl"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, error)  # the second answer of the second cache is lost
+        if error is KeyboardInterrupt:
+            assert run(*arguments, "--resume", kept) == 130
+            assert f"f16 2, gear 1; kept in {kept}" in capsys.readouterr().err
+        else:
+            with pytest.raises(Stopped):
+                main(["eval", *map(str, arguments), "--resume", str(kept)])
+    with kept.open("ab") as file:
+        file.write(b'{"cache": "gear", "result": {"tok')  # a line that was cut off
+    with monkeypatch.context() as patch:
+        given = stop_after(patch, 99, error)
+        assert run(*arguments, "--resume", kept) == 0
+    assert len(given) == 3
+    assert json.loads(capsys.readouterr().out) == whole
+    assert len(kept.read_text().splitlines()) == 1 + 6
+    # All is there: nothing is asked, no model is loaded.
+    monkeypatch.setattr("gearcpp.evaluation.tasks.load", None)
+    assert run(*arguments, "--resume", kept) == 0
+    assert json.loads(capsys.readouterr().out) == whole
+
+
+def test_a_run_with_other_settings_is_refused(bundled_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "run.jsonl"
+    RunLog(kept, {"task": "drift", "predict": 64}).close()
+    before = kept.read_bytes()
+    assert run("drift", text_file, "-m", bundled_model, "-n", 32, "--resume", kept) == 2
+    error = capsys.readouterr().err
+    assert "predict 64, not 32" in error and "task" not in error and error.count("\n") == 1
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"some text\n", b"[1]\n", b'{"run": {}}\n{"no": 1}\n', b"\x80\n", b"{}\n", b"text without an end"])
+def test_a_file_that_is_no_run_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "notes"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="is not a run of gearcpp eval"):
+        RunLog(file, {})
+    assert file.read_bytes() == content
+
+
+def test_one_run_at_a_time_writes_a_file(tmp_path: Path) -> None:
+    first = RunLog(tmp_path / "run", {"a": 1})
+    with pytest.raises(BusyError, match="is being written by another run"):
+        RunLog(tmp_path / "run", {"a": 1})
+    first.close()
+    RunLog(tmp_path / "run", {"a": 1}).close()
+    with pytest.raises(DataError, match="cannot write"):
+        RunLog(tmp_path / "no" / "run", {})
+
+
+def test_answers_of_another_task_are_refused(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run", {})
+    log.add("f16", Answer([1], "a", 0.0))
+    log.close()
+    again = RunLog(tmp_path / "run", {})
+    assert again.results("f16", Answer) == [Answer([1], "a", 0.0)]
+    assert again.results("gear", Answer) == []
+    with pytest.raises(DataError, match="answers of another kind than Search"):
+        again.results("f16", Search)
+    again.close()
 
 
 @pytest.mark.parametrize(

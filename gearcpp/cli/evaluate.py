@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -32,6 +33,10 @@ app.add_typer(eval_app, name="eval")
 KvTypes = Annotated[str, typer.Option("--kv", metavar="TYPE,...", help="KV caches, as in `gearcpp perplexity`; f16 is always among them.")]
 Json = Annotated[bool, typer.Option("--json", help="Everything that was written, as one JSON object.")]
 TextFile = Annotated[Path, typer.Argument(metavar="FILE", help="Text, UTF-8.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="FILE", help="Keep every answer in FILE as it comes, and go on from those that a stopped run left there."),
+]
 AnswerLength = Annotated[int, typer.Option("-n", "--predict", min=1, metavar="N", help="Most tokens of an answer.")]
 
 
@@ -49,6 +54,7 @@ def gsm8k(
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
     swa_full: options.SwaFull = False,
+    resume: Resume = None,
     as_json: Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -60,10 +66,12 @@ def gsm8k(
     if len(examples) < tasks.N_SHOTS or not (asked := (listed if shots else listed[tasks.N_SHOTS :])[:problems]):
         raise ConfigError(f"{shots or file} has too few problems: {tasks.N_SHOTS} are worked examples in the prompt, and at least one is to be solved")
 
-    def solve(llm: Llama) -> Iterator[Solved]:
-        return tasks.gsm8k(llm, examples[: tasks.N_SHOTS], asked, predict)
+    def solve(llm: Llama, start: int) -> Iterator[Solved]:
+        return tasks.gsm8k(llm, examples[: tasks.N_SHOTS], asked[start:], predict)
 
-    results = _run(solve, len(asked), kv, resolve_model(model, hf), ctx_size, threads, swa_full, verbose)
+    settings = {"task": "gsm8k", "problems": len(asked), "text": _digest([examples[: tasks.N_SHOTS], asked]), "predict": predict}
+    task = Task(solve, tasks.Solved, len(asked), settings)
+    results = _run(task, kv, resolve_model(model, hf), ctx_size, threads, swa_full, resume, verbose)
     lines = []
     for spec, solved in results.by_cache.items():
         share = mean(one.is_right for one in solved)
@@ -86,6 +94,7 @@ def needle(
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
     swa_full: options.SwaFull = False,
+    resume: Resume = None,
     as_json: Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -97,10 +106,12 @@ def needle(
     text, sizes = read_text(file), _numbers(lengths)
     fractions = [i / (depths - 1) for i in range(depths)]
 
-    def search(llm: Llama) -> Iterator[Search]:
-        return tasks.needle(llm, text, sizes, fractions, seed)
+    def search(llm: Llama, start: int) -> Iterator[Search]:
+        return tasks.needle(llm, text, sizes, fractions, seed, start)
 
-    results = _run(search, len(sizes) * depths, kv, resolve_model(model, hf), ctx_size, threads, swa_full, verbose)
+    settings = {"task": "needle", "text": _digest(text), "lengths": lengths, "depths": depths, "seed": seed}
+    task = Task(search, tasks.Search, len(sizes) * depths, settings)
+    results = _run(task, kv, resolve_model(model, hf), ctx_size, threads, swa_full, resume, verbose)
     lines = []
     for spec, searches in results.by_cache.items():
         by_length = [[one.is_found for one in searches if one.length == length] for length in sizes]
@@ -122,6 +133,7 @@ def drift(
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
     swa_full: options.SwaFull = False,
+    resume: Resume = None,
     as_json: Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -131,10 +143,11 @@ def drift(
 
     text = read_text(file)
 
-    def write(llm: Llama) -> Iterator[Answer]:
-        return (tasks.answer(llm, prompt, predict) for prompt in tasks.split_prompts(llm, text, prompts, prompt_size))
+    def write(llm: Llama, start: int) -> Iterator[Answer]:
+        return (tasks.answer(llm, prompt, predict) for prompt in tasks.split_prompts(llm, text, prompts, prompt_size)[start:])
 
-    results = _run(write, prompts, kv, resolve_model(model, hf), ctx_size, threads, swa_full, verbose)
+    settings = {"task": "drift", "text": _digest(text), "prompts": prompts, "prompt_size": prompt_size, "predict": predict}
+    results = _run(Task(write, tasks.Answer, prompts, settings), kv, resolve_model(model, hf), ctx_size, threads, swa_full, resume, verbose)
     lines = []
     for spec, answers in results.by_cache.items():
         drifts = [tasks.compare_answers(one.tokens, f16.tokens) for one, f16 in zip(answers, results.f16, strict=False)]
@@ -154,7 +167,7 @@ def drift(
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
-# What the three share
+# What they share
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,20 +183,44 @@ class Results:
         return next(iter(self.by_cache.values()))
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a command has every cache do.
+
+    Attributes:
+        ask: the answers of a model from case ``start`` on.
+        kind: the dataclass of an answer.
+        n_cases: how many there are.
+        settings: what answers depend on besides the model and its context.
+    """
+
+    ask: Callable[[Llama, int], Iterator[Any]]
+    kind: type[Any]
+    n_cases: int
+    settings: dict[str, Any]
+
+
+def _digest(what: Any) -> str:
+    """A few digits that stand for a text, or for whatever has a `repr`."""
+    return hashlib.sha256(what if isinstance(what, bytes) else repr(what).encode()).hexdigest()[:12]
+
+
 def _run(
-    task: Callable[[Llama], Iterator[Any]],
-    n_cases: int,
+    task: Task,
     kv: str,
     path: Path,
     n_ctx: int | None,
     n_threads: int | None,
     swa_full: bool,
+    resume: Path | None,
     verbose: bool,
 ) -> Results:
-    """Do the task with every cache, with a progress bar, until it is done or Ctrl-C."""
+    """Do the task with every cache, with a progress bar, until it is done or Ctrl-C; what the file to resume has is not asked again."""
     from llama_cpp._logger import set_verbose
     from rich.progress import Progress
 
+    from gearcpp import __version__
+    from gearcpp.evaluation.run_log import RunLog
     from gearcpp.evaluation.tasks import load, parse_specs
     from gearcpp.model_info import read_model_info
 
@@ -191,19 +228,32 @@ def _run(
     set_verbose(verbose)
     context = min(read_model_info(path).n_ctx_train, DEFAULT_CTX) if n_ctx is None else n_ctx
     results = Results()
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+    with ExitStack() as opened:
+        log = None
+        if resume:
+            settings = {**task.settings, "model": path.name, "bytes": path.stat().st_size, "ctx": context, "swa_full": swa_full, "gearcpp": __version__}
+            log = opened.enter_context(closing(RunLog(resume, settings)))
+            for spec in specs:
+                if kept := log.results(spec.label, task.kind):
+                    results.by_cache[spec] = kept
+        progress = opened.enter_context(Progress(console=stderr, transient=True, disable=not stderr.is_terminal))
         try:
             for spec in specs:
-                bar = progress.add_task(spec.label, total=n_cases)
+                n_kept = len(results.by_cache.get(spec, []))
+                bar = progress.add_task(spec.label, total=task.n_cases, completed=n_kept)
+                if n_kept >= task.n_cases:
+                    continue
                 with closing(load(path, spec, n_ctx=context, n_threads=n_threads or default_threads(), swa_full=swa_full)) as llm:
-                    for result in task(llm):
+                    for result in task.ask(llm, n_kept):
                         results.by_cache.setdefault(spec, []).append(result)
+                        if log:
+                            log.add(spec.label, result)
                         progress.advance(bar)
         except KeyboardInterrupt:
             results.interrupted = True
     if results.interrupted:
         done = ", ".join(f"{spec.label} {len(got)}" for spec, got in results.by_cache.items()) or "none"
-        notice(f"interrupted: answers so far, of {n_cases} by each cache: {done}")
+        notice(f"interrupted: answers so far, of {task.n_cases} by each cache: {done}" + (f"; kept in {resume}" if resume else ""))
     if not results.by_cache:
         raise typer.Exit(130)
     return results

@@ -206,14 +206,13 @@ def _whole_characters(text: bytes) -> bytes:
     return text.decode("utf-8", "ignore").encode()
 
 
-def needle(llm: Llama, text: bytes, lengths: Sequence[int], depths: Sequence[float], seed: int = 1) -> Iterator[Search]:
-    """Look for a number in haystacks of several lengths, at several depths. The numbers depend on the seed alone."""
+def needle(llm: Llama, text: bytes, lengths: Sequence[int], depths: Sequence[float], seed: int = 1, start: int = 0) -> Iterator[Search]:
+    """Look for a number in haystacks of several lengths, at several depths, but for the first ``start`` of them. The numbers depend on the seed alone."""
     numbers = random.Random(seed)
-    for length in lengths:
-        for depth in depths:
-            number = numbers.randrange(10_000, 100_000)
-            found = answer(llm, haystack(llm, text, length, depth, number), n_predict=16)
-            yield Search(length, depth, found, str(number) in found.text)
+    cases = [(length, depth, numbers.randrange(10_000, 100_000)) for length in lengths for depth in depths]
+    for length, depth, number in cases[start:]:
+        found = answer(llm, haystack(llm, text, length, depth, number), n_predict=16)
+        yield Search(length, depth, found, str(number) in found.text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------

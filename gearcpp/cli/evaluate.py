@@ -25,11 +25,13 @@ from gearcpp.errors import ConfigError
 if TYPE_CHECKING:
     from gearcpp import Llama
     from gearcpp.evaluation.perplexity import CacheSpec
+    from gearcpp.evaluation.structured import Judged, Request
     from gearcpp.evaluation.tasks import Answer, Search, Solved
 
 eval_app = typer.Typer(help="What a compressed KV cache does to the text that a model writes, next to f16.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 
+Seed = Annotated[int, typer.Option("-s", "--seed", metavar="N", help="Of what is asked.")]
 KvTypes = Annotated[str, typer.Option("--kv", metavar="TYPE,...", help="KV caches, as in `gearcpp perplexity`; f16 is always among them.")]
 Json = Annotated[bool, typer.Option("--json", help="Everything that was written, as one JSON object.")]
 TextFile = Annotated[Path, typer.Argument(metavar="FILE", help="Text, UTF-8.")]
@@ -74,10 +76,8 @@ def gsm8k(
     results = _run(task, kv, resolve_model(model, hf), ctx_size, threads, swa_full, resume, verbose)
     lines = []
     for spec, solved in results.by_cache.items():
-        share = mean(one.is_right for one in solved)
-        error = math.sqrt(share * (1 - share) / max(len(solved) - 1, 1))
         agreeing = mean(one.result == f16.result for one, f16 in zip(solved, results.f16, strict=False))
-        lines.append((spec.label, *_shared_cells(spec, [one.answer for one in solved]), f"{100 * share:.1f} ± {100 * error:.1f} %", _percent(agreeing)))
+        lines.append((spec.label, *_shared_cells(spec, [one.answer for one in solved]), _share([one.is_right for one in solved]), _percent(agreeing)))
     _report(("cache", "answers", "packed", "right", "same number as f16"), lines, results, as_json)
 
 
@@ -86,7 +86,7 @@ def needle(
     file: TextFile,
     lengths: Annotated[str, typer.Option("--lengths", metavar="N,...", help="Tokens of the haystack.")] = "1024,2048,4000",
     depths: Annotated[int, typer.Option("--depths", min=2, metavar="N", help="Places for the needle, from the start to the end.")] = 5,
-    seed: Annotated[int, typer.Option("-s", "--seed", metavar="N", help="Of the numbers to find.")] = 1,
+    seed: Seed = 1,
     plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the grid of every cache (PNG, SVG, PDF).")] = None,
     kv: KvTypes = "f16,gear",
     model: options.ModelFile = None,
@@ -164,6 +164,88 @@ def drift(
         )
     header = ("cache", "answers", "packed", "same as f16", "first difference (median)", "same tokens", "repetition", "length / f16")
     _report(header, lines, results, as_json)
+
+
+@eval_app.command()
+def tools(
+    problems: Annotated[int, typer.Option("--problems", min=1, metavar="N", help="Requests, each for a call of one function.")] = 50,
+    seed: Seed = 1,
+    predict: AnswerLength = 96,
+    kv: KvTypes = "f16,gear",
+    model: options.ModelFile = None,
+    hf: options.HfRepo = None,
+    ctx_size: options.CtxSize = None,
+    threads: options.Threads = None,
+    swa_full: options.SwaFull = False,
+    resume: Resume = None,
+    as_json: Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Call one of twelve functions, as a sentence asks: valid JSON, the right function, the right arguments."""
+    from gearcpp.evaluation import structured
+
+    given = structured.call_prefix(), structured.call_requests(problems, seed)
+    columns = ("valid calls", "right function", "right arguments")
+    _structured(
+        "tools", *given, structured.judge_call, columns, predict, kv, resolve_model(model, hf), ctx_size, threads, swa_full, resume, as_json, verbose
+    )
+
+
+@eval_app.command()
+def schemas(
+    problems: Annotated[int, typer.Option("--problems", min=1, metavar="N", help="Texts with a schema.")] = 50,
+    seed: Seed = 1,
+    predict: AnswerLength = 128,
+    kv: KvTypes = "f16,gear",
+    model: options.ModelFile = None,
+    hf: options.HfRepo = None,
+    ctx_size: options.CtxSize = None,
+    threads: options.Threads = None,
+    swa_full: options.SwaFull = False,
+    resume: Resume = None,
+    as_json: Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Write what a text says as JSON that follows a schema: valid JSON, one that follows it, the right values."""
+    from gearcpp.evaluation import structured
+
+    given = structured.object_prefix(), structured.object_requests(problems, seed)
+    columns = ("valid JSON", "follows the schema", "right values")
+    _structured(
+        "schemas", *given, structured.judge_object, columns, predict, kv, resolve_model(model, hf), ctx_size, threads, swa_full, resume, as_json, verbose
+    )
+
+
+def _structured(
+    name: str,
+    prefix: str,
+    requests: Sequence[Request],
+    judge: Callable[[Request, Answer], Judged],
+    columns: tuple[str, str, str],
+    predict: int,
+    kv: str,
+    path: Path,
+    n_ctx: int | None,
+    n_threads: int | None,
+    swa_full: bool,
+    resume: Path | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Both tasks with JSON: ask, and report three shares and how often the JSON is f16's."""
+    from gearcpp.evaluation import structured
+
+    def write(llm: Llama, start: int) -> Iterator[Judged]:
+        return structured.ask(llm, prefix, requests[start:], predict, judge)
+
+    settings = {"task": name, "problems": len(requests), "text": _digest([prefix, requests]), "predict": predict}
+    results = _run(Task(write, structured.Judged, len(requests), settings), kv, path, n_ctx, n_threads, swa_full, resume, verbose)
+    lines = []
+    for spec, judged in results.by_cache.items():
+        agreeing = [one.answer.text == f16.answer.text for one, f16 in zip(judged, results.f16, strict=False)]
+        shares = (_share([getattr(one, what) for one in judged]) for what in ("is_valid", "fits", "is_right"))
+        lines.append((spec.label, *_shared_cells(spec, [one.answer for one in judged]), *shares, _percent(mean(agreeing))))
+    _report(("cache", "answers", "packed", *columns, "same as f16"), lines, results, as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -275,6 +357,14 @@ def _report(header: Sequence[str], lines: Sequence[Sequence[str]], results: Resu
 def _shared_cells(spec: CacheSpec, answers: Sequence[Answer]) -> tuple[str, str]:
     """How many answers there are, and the share of the cache that was packed at their ends."""
     return str(len(answers)), _percent(mean(answer.packed_share for answer in answers)) if spec.kv_type.gear else "-"
+
+
+def _share(hits: Sequence[bool]) -> str:
+    """How many, with the 95 % confidence interval."""
+    from gearcpp.evaluation.tasks import wilson
+
+    low, high = wilson(sum(hits), len(hits))
+    return f"{_percent(mean(hits))} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def _percent(share: float) -> str:

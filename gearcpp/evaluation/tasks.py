@@ -7,6 +7,7 @@ checks for models that can do the task; on the model that comes with gearcpp the
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -64,6 +65,14 @@ class Answer:
     tokens: list[int]
     text: str
     packed_share: float
+
+
+def wilson(n_right: int, n: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share, by Wilson's score: from 0 to 1 even where all answers are right, or none."""
+    z = 1.96
+    share, pull = n_right / n, z * z / n
+    middle, half = share + pull / 2, z * math.sqrt(share * (1 - share) / n + pull / (4 * n))
+    return max(0.0, (middle - half) / (1 + pull)), min(1.0, (middle + half) / (1 + pull))
 
 
 def answer(llm: Llama, prompt: Sequence[int], n_predict: int, stop: str | None = None) -> Answer:

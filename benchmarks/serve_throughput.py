@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gearcpp.model_files import model_argument
+
 STARTUP = 600.0  # seconds for a model to load
 # Words that any vocabulary has as one or two tokens.
 WORDS = "the of and to in a was that his he it with as had for her not at on by she but be him which from you they all were have said one me would".split()  # noqa: SIM905
@@ -75,7 +77,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", type=Path, help="GGUF file; default: the bundled one")
+    parser.add_argument("-m", "--model", type=model_argument, help="GGUF file, or a name such as smollm2-135m; default: the bundled one")
     parser.add_argument("--shape", help="instead: a model of random weights, NAME[:LAYERS] of `gearcpp bench --shape`")
     parser.add_argument("--kv", default="gear", help="cache types of gearcpp, a list (default: gear)")
     parser.add_argument("--clients", default="1,4,8")

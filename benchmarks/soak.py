@@ -33,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gearcpp import GearError, Llama
+from gearcpp.model_files import model_argument
 
 MIB = 2**20
 LONGEST_STEP = 5.0  # seconds; what is longer was a stop
@@ -176,7 +177,7 @@ class Soak:
 def main() -> int:
     """Parse, run, report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("model")
+    parser.add_argument("model", type=model_argument)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--kv", default="gear")
     parser.add_argument("--ctx", type=int, default=2048)

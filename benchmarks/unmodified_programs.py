@@ -4,7 +4,7 @@
         [--only NAME,...]
 
     LLAMA_CPP  llama.cpp's sources of the installed llama-cpp-python: vendor/llama.cpp in the sdist of that release
-    MODEL      a GGUF file, such as gearcpp/models/books-6m-q4_k.gguf
+    MODEL      a GGUF file, such as gearcpp/models/books-6m-q8_0.gguf, or a name such as smollm2-135m (gearcpp/model_files.py)
     --build    where to build, or where it was built before; default: a temporary folder
     --text     what llama-perplexity reads; default: LLAMA_CPP/docs/build.md
 
@@ -31,6 +31,7 @@ from pathlib import Path
 
 from gearcpp import native
 from gearcpp.cli._markdown import markdown_table
+from gearcpp.model_files import model_argument
 
 DEVICE = ["-dev", "GEAR0", "-ngl", "99"]
 PROGRAMS = [
@@ -204,7 +205,7 @@ def main() -> int:
     """Build, run and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("llama_cpp", type=Path)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=model_argument)
     parser.add_argument("--build", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from models import Shape, write_model
 
+from gearcpp import DataError
+from gearcpp.model_files import find_model
 from gearcpp.runtime import amx
 
 SEED = int(os.environ.get("GEARCPP_TEST_SEED", "1"))
@@ -62,3 +64,16 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return made[key]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """``real_model(name)``: a model that somebody trained (gearcpp/model_files.py); the test is skipped where it is absent."""
+
+    def find(name: str) -> Path:
+        try:
+            return find_model(name)
+        except DataError as error:
+            pytest.skip(str(error))
+
+    return find

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import openai
 
-from gearcpp.cli._model import bundled_model
+from gearcpp.model_files import bundled_model
 
 PATIENCE = 120.0  # seconds after which something that should happen is taken to have failed
 

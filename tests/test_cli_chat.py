@@ -18,8 +18,8 @@ import pytest
 from chat_models import write_chat_model
 from models import write_model
 
-from gearcpp.cli._model import assistant_model
 from gearcpp.cli._terminal import Interrupt, read_message
+from gearcpp.model_files import assistant_model
 
 GEARCPP = [sys.executable, "-m", "gearcpp"]
 PROMPT = "\x1b[?2004h"  # what a line editor begins with: bracketed paste
@@ -75,7 +75,7 @@ def test_the_first_chat_answers() -> None:
 
 
 def test_without_the_extra_the_first_line_says_how_to_get_a_model_that_answers() -> None:
-    code = "import gearcpp.cli._model as m; m.ASSISTANT_PACKAGE = 'no_such_package'; from gearcpp.__main__ import main; main()"
+    code = "import gearcpp.model_files as m; m.ASSISTANT_PACKAGE = 'no_such_package'; from gearcpp.__main__ import main; main()"
     arguments = [sys.executable, "-c", code, "chat", "-c", "256", "-n", "2", "-t", "1"]
     done = subprocess.run(arguments, input="Once\n", capture_output=True, text=True, timeout=PATIENCE, check=True)
     first, second = done.stderr.splitlines()[:2]

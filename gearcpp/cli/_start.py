@@ -9,7 +9,8 @@ from pathlib import Path
 
 from gearcpp.cli._console import notice
 from gearcpp.cli._conversation import Conversation, Sampling
-from gearcpp.cli._model import assistant_model, load_model, resolve_model
+from gearcpp.cli._model import load_model, resolve_model
+from gearcpp.model_files import assistant_model
 
 TEMPERATURE = 0.8
 

@@ -14,11 +14,11 @@ from gearcpp.cli import _start as start
 from gearcpp.cli import app
 from gearcpp.cli._console import mib, notice, stderr, write
 from gearcpp.cli._conversation import Conversation, Sampling
-from gearcpp.cli._model import assistant_model
 from gearcpp.cli._report import answer_line, model_line, stats_lines
 from gearcpp.cli._session import load_session, save_session
 from gearcpp.cli._terminal import QUOTES, Interrupt, open_input
 from gearcpp.errors import ConfigError, GearError
+from gearcpp.model_files import assistant_model
 
 
 @app.command()

@@ -1,9 +1,11 @@
 """What a low-rank term has to work with: singular values of what quantization loses of K and V, and the ranges of the groups it quantizes.
 
-    python benchmarks/spectrum.py MODEL_FOLDER TEXT_FILE --plots FOLDER [--contexts 8] [--n-ctx 2048]
+    python benchmarks/spectrum.py MODEL TEXT_FILE --plots FOLDER [--contexts 8] [--n-ctx 2048] [-t N]
 
-The model (a Hugging Face folder) reads contexts spread over the text in float32, without a compressed cache. Keys after RoPE and values are rounded to
-f16 and cut into tiles of 256 tokens of one head, without the first tile of a context, whose first rows are attention sinks that a cache keeps exact.
+MODEL is a Hugging Face folder, a GGUF file, or the name of a model such as smollm2-135m-f16 (gearcpp/model_files.py). It reads contexts spread over the
+text without a compressed cache: the folder in float32, with transformers; the file in llama.cpp. Keys after RoPE and values are rounded to f16 and cut
+into tiles of 256 tokens of one head, without the first tile of a context, whose first rows are attention sinks that a cache keeps exact. The presets weigh
+the channels of K here without knowing the queries, which are not recorded.
 Prints tables in Markdown and draws spectrum-energy.png, spectrum-heads.png and spectrum-ranges.png: what docs/spectrum.md has.
 """
 
@@ -15,11 +17,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from gearcpp import PRESETS
+from gearcpp import PRESETS, GearConfig, Llama
+from gearcpp.model_files import model_argument
 from gearcpp.reference.methods import gear, quantizers
 from gearcpp.reference.methods.gear_tile import gear_tile
 from gearcpp.reference.methods.tensors import Coded, hadamard, half
@@ -49,7 +52,9 @@ DRAWN = ("KCVT, 4 bits", "KIVI g = 64, 2 bits", "gear (4 bits)", "gear2 (2 bits)
 
 
 def read_rows(folder: Path, text: Path, n_ctx: int, n_context: int) -> Rows:
-    """Keys and values of a model on contexts spread over a text."""
+    """Keys and values of a Hugging Face model on contexts spread over a text."""
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
     found: dict[int, list[list[Tensor]]] = {}
 
     def attention(
@@ -66,13 +71,53 @@ def read_rows(folder: Path, text: Path, n_ctx: int, n_context: int) -> Rows:
     AttentionInterface.register("recorded", attention)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="recorded").eval()
     tokens = AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-    if n_ctx % TILE or n_ctx <= TILE or len(tokens) < n_ctx * n_context:
-        raise SystemExit(f"--n-ctx must be a multiple of {TILE} above it, and the text ({len(tokens)} tokens) must have --contexts times as many")
-    step = len(tokens) // n_context
     with torch.no_grad():
-        for i in range(n_context):
-            model.model(tokens[None, i * step : i * step + n_ctx], use_cache=False)
+        for start in starts(len(tokens), n_ctx, n_context):
+            model.model(tokens[None, start : start + n_ctx], use_cache=False)
     return {side: torch.stack([torch.cat(found[layer][i], 1) for layer in sorted(found)]) for i, side in enumerate(SIDES)}
+
+
+def starts(n_token: int, n_ctx: int, n_context: int) -> list[int]:
+    """Where the contexts begin."""
+    if n_ctx % TILE or n_ctx <= TILE or n_token < n_ctx * n_context:
+        raise SystemExit(f"--n-ctx must be a multiple of {TILE} above it, and the text ({n_token} tokens) must have --contexts times as many")
+    return [i * (n_token // n_context) for i in range(n_context)]
+
+
+def read_gguf_rows(path: Path, text: Path, n_ctx: int, n_context: int, n_threads: int | None) -> Rows:
+    """The same of a GGUF file: a codec that changes nothing sees every tile that the cache would pack, of layers with a sliding window, too."""
+    found: dict[tuple[str, int], dict[int, dict[int, Tensor]]] = {}  # side, layer; head; first cell
+
+    def remember(il: int, side: str, head: int, x: np.ndarray, written: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, float]:
+        if cells[0] >= TILE:
+            found.setdefault((side, il), {}).setdefault(head, {})[n_ctx * n_read + int(cells[0])] = half(torch.from_numpy(x.copy()))
+        return x, 2.0 * x.size
+
+    n_read = 0
+    every_tile = GearConfig(tile=TILE, n_tail=0, n_sink=0)
+    arguments = {"n_threads": n_threads, "n_threads_batch": n_threads, "flash_attn": True, "swa_full": True, "verbose": False}
+    # One more ubatch than is wanted: the last tile is packed when something is written behind it.
+    llm = Llama(str(path), kv_type=every_tile, codec=remember, n_ctx=n_ctx + TILE, n_batch=TILE, n_ubatch=TILE, **arguments)
+    tokens = llm.tokenize(text.read_bytes())
+    for n_read, start in enumerate(starts(len(tokens), n_ctx + TILE, n_context)):  # noqa: B007
+        llm.reset()
+        llm._ctx.kv_cache_clear()
+        llm.eval(tokens[start : start + n_ctx + TILE])
+    llm.close()
+    widths = {next(iter(next(iter(heads.values())).values())).shape for heads in found.values()}
+    if len(widths) > 1:
+        raise SystemExit(f"{path.name}: heads of several sizes ({widths}) do not go into one table")
+    n_tile = min(len(tiles) for heads in found.values() for tiles in heads.values())
+    return {
+        side: torch.stack(
+            [
+                torch.stack([torch.stack([tiles[at] for at in sorted(tiles)[:n_tile]]) for _, tiles in sorted(heads.items())])
+                for (at_side, _), heads in sorted(found.items())
+                if at_side == side
+            ]
+        )
+        for side in SIDES
+    }
 
 
 def energy(residual: Tensor) -> Tensor:
@@ -259,13 +304,17 @@ def draw(shares: dict[tuple[str, str], Tensor], chance: Tensor, ranges: dict[tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", type=Path, metavar="MODEL_FOLDER")
+    parser.add_argument("model", type=lambda name: Path(name) if Path(name).is_dir() else model_argument(name), metavar="MODEL")
     parser.add_argument("text", type=Path, metavar="TEXT_FILE")
     parser.add_argument("--plots", type=Path, help="folder for the pictures; none are drawn without it")
     parser.add_argument("--contexts", type=int, default=8)
     parser.add_argument("--n-ctx", type=int, default=2048)
+    parser.add_argument("-t", "--threads", type=int, help="of a GGUF file")
     given = parser.parse_args()
-    rows = read_rows(given.model, given.text, given.n_ctx, given.contexts)
+    if given.model.is_dir():
+        rows = read_rows(given.model, given.text, given.n_ctx, given.contexts)
+    else:
+        rows = read_gguf_rows(given.model, given.text, given.n_ctx, given.contexts, given.threads)
     n_layer, n_head, n_tile, _, d = rows["k"].shape
     print(f"{given.model.name}: {n_layer} layers, {n_head} KV heads of {d}; {n_tile} tiles of {TILE} tokens of each head, {given.contexts} contexts")
     noise = torch.randn(200, TILE, d, generator=torch.Generator().manual_seed(1))

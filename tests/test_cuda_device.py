@@ -32,7 +32,7 @@ import json, sys
 import numpy as np
 import gearcpp
 arguments = json.loads(sys.argv[1])
-config = gearcpp.GearConfig(tile=64, n_tail=32, n_sink=2, rotate_k=True)  # the kernels know no weights of channels yet
+config = gearcpp.GearConfig(tile=64, n_tail=32, n_sink=2)
 sizes = {"n_ctx": 512, "n_batch": 128, "n_ubatch": 64}
 llm = gearcpp.Llama(arguments["model"], kv_type=config, **sizes, logits_all=True, verbose=True, n_threads=1, seed=1, **arguments.get("placement", {}))
 text = llm.tokenize(("The old man looked at the sea and said nothing for a long while. " * 30).encode())[: arguments["n_prompt"]]
@@ -129,7 +129,7 @@ import json, sys
 import numpy as np
 import gearcpp
 arguments = json.loads(sys.argv[1])
-config = gearcpp.GearConfig(tile=64, n_tail=32, n_sink=2, rotate_k=True)  # the kernels know no weights of channels yet
+config = gearcpp.GearConfig(tile=64, n_tail=32, n_sink=2)
 sizes = {"n_ctx": 512, "n_batch": 64, "n_ubatch": 64}
 llm = gearcpp.Llama(arguments["model"], kv_type=config, **sizes, verbose=False, n_threads=1, seed=1, **arguments["placement"])
 text = llm.tokenize(("The old man looked at the sea and said nothing for a long while. " * 30).encode())[:300]

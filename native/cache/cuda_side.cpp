@@ -1,5 +1,6 @@
 #include "cache/cuda_side.h"
 
+#include "cache/gear_codec.h"
 #include "common/error.h"
 
 #include <algorithm>
@@ -11,7 +12,8 @@ namespace gear {
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
 cuda_side::cuda_side(cuda_memory & home, const store_shape & shape, const side_codec & codec, std::shared_ptr<cuda::cache_table> table)
-    : home_(home), codec_(codec.codec), on_device_(home.worker_.with, shape, codec.layout, home.method_.config().seed, std::move(table)) {}
+    : home_(home), codec_(codec.codec),
+      on_device_(home.worker_.with, shape, codec.layout, home.method_.config().seed, std::move(table), bases_of(codec.codec.get())) {}
 
 void cuda_side::write(int64_t n, const int64_t * cells, const uint16_t * rows) {
     home_.broken_unless_done([&] {
@@ -74,6 +76,7 @@ void cuda_side::read_store(const reader & f) {
 
 // A store on the host takes the changes, so that its decisions are the store's own; then the device holds what it holds.
 void cuda_side::change_store(const changer & f) {
+    on_device_.report_queries(home_.worker_);
     const std::unique_ptr<store> here = on_device_.to_store(home_.worker_, codec_);
     f(here.get(), codec_.get(), [&](int64_t n, const int64_t * cells, const uint16_t * from) {
         barrier sync;
@@ -160,6 +163,9 @@ void cuda_memory::clear(uint8_t value) {
         for (const auto & table : tables) {
             table->clear(worker_);
         }
+    }
+    for (const auto & side : sides_) {
+        side->on_device().forget();
     }
     is_broken = false;
     require_ok(with, with.wait_stream(worker_.work), "clearing the cache");

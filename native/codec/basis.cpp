@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <utility>
 
 namespace gear {
@@ -9,11 +10,6 @@ namespace gear {
 namespace {
 
 constexpr int middle_exponent = 8, highest_exponent = 15;
-
-constexpr float weight_of[16] = {
-    0x1p-4f, 0x1.6a09e6p-4f, 0x1p-3f, 0x1.6a09e6p-3f, 0x1p-2f, 0x1.6a09e6p-2f, 0x1p-1f, 0x1.6a09e6p-1f,
-    0x1p0f,  0x1.6a09e6p0f,  0x1p1f,  0x1.6a09e6p1f,  0x1p2f,  0x1.6a09e6p2f,  0x1p3f,  0x1.6a09e6p3f,
-};
 
 // s_c^2: the mean square of what the written rows of a group lie off their mean. K's groups are of tokens; V's are not, and the tile is taken as one.
 void spreads(const tile_layout & layout, const float * x, const uint8_t * written, double * square) {
@@ -56,9 +52,8 @@ void lift(int d, double * square) {
 } // namespace
 
 void load_weights(const uint8_t * basis, int d, float * w) {
-    for (int c = 0; c < d / 2; ++c) {
-        w[c]         = weight_of[basis[c] & 15];
-        w[c + d / 2] = weight_of[basis[c] >> 4];
+    for (int c = 0; c < d; ++c) {
+        w[c] = weight_of_channel(basis, d, c);
     }
 }
 
@@ -103,6 +98,17 @@ void head_bases::observe(int head, const float * q, int64_t n, int64_t stride, f
             state.square[c] += std::isfinite(square) ? square : 0.0;
         }
     }
+    state.n += n;
+    state.scale = scale;
+}
+
+void head_bases::add_observed(int head, const double * square, int64_t n, float scale) {
+    reserve(head + 1);
+    if (!is_open(head)) {
+        return;
+    }
+    head_state & state = heads_[head];
+    std::transform(square, square + layout_.d_head, state.square.begin(), state.square.begin(), std::plus<double>());
     state.n += n;
     state.scale = scale;
 }

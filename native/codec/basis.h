@@ -17,6 +17,7 @@
 #pragma once
 
 #include "codec/tile.h"
+#include "common/host_device.h"
 
 #include <vector>
 
@@ -29,7 +30,13 @@ constexpr int basis_bytes(int d) {
     return d / 2;
 }
 
-// w f32 [d] as the 4-bit exponents say: w_c = 2^((e_c - 8) / 2).   basis u8 [d / 2]: e of channel c in byte c % (d / 2), in the high half if c >= d / 2
+// w of channel c as its 4-bit exponent e_c says: w_c = 2^((e_c - 8) / 2).   basis u8 [d / 2]: e_c in byte c % (d / 2), in the high half if c >= d / 2
+GEAR_HD inline float weight_of_channel(const uint8_t * basis, int d, int c) {
+    const int e = c < d / 2 ? basis[c] & 15 : basis[c - d / 2] >> 4;
+    return (e & 1 ? 0x1.6a09e6p-4f : 0x1p-4f) * (float) (1 << (e >> 1));
+}
+
+// w f32 [d]
 void load_weights(const uint8_t * basis, int d, float * w);
 
 // The weights for rows such as x f32 [T, d], of which written u8 [T] (nullptr: all) count.   query_square f64 [d]: mean of q_c^2, nullptr: not known
@@ -46,6 +53,8 @@ class head_bases {
 
     // Queries that head `head` meets: q f32 [n, d], rows `stride` bytes apart, and what their scores are multiplied by. Nothing, once all is decided.
     void observe(int head, const float * q, int64_t n, int64_t stride, float scale);
+    // The same where a GPU has summed up n of them: square f64 [d] sum of q_c^2
+    void add_observed(int head, const double * square, int64_t n, float scale);
     // Decide by the first tile to be packed. Nothing, once all is decided; a basis that was adopted stays.
     void decide(int head, const float * x, const uint8_t * written);
     // Take over the basis of a packed tile that comes from elsewhere, if none is decided.

@@ -13,7 +13,7 @@
 
 namespace gear::cuda {
 
-constexpr int api_version = 3; // of this table and of the structures in arguments.h
+constexpr int api_version = 4; // of this table and of the structures in arguments.h
 
 using stream = struct stream_handle *; // cudaStream_t
 using event  = struct event_handle *;  // cudaEvent_t
@@ -67,6 +67,7 @@ struct api {
     // How decode's ranges of tiles are cut, into args; then the bytes of partials that it needs (0: prefill).
     int64_t (*plan_attend)(attend_arguments * args, int n_processor);
     int (*attend)(const attend_arguments * args, stream s);
+    int (*observe)(const observe_arguments * args, stream s);
 };
 
 using get_api = const api * (*)(int version); // "gearcpp_cuda_api": nullptr for another version

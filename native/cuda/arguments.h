@@ -15,7 +15,7 @@ struct device_side {
     uint8_t *       tiles;     // [n_stream, n_tile, n_head, layout.part.bytes]
     uint16_t *      pool;      // f16 [n_stream, n_row, n_head, d_head]
     const int32_t * slot;      // [n_stream, n_cell] slot of the cell's exact row in its stream's pool, or slot_absent or slot_packed
-    const float *   weight;    // nullptr (a weight for each channel of K is to come)
+    const uint8_t * basis;     // [n_head, d_head / 2] weights of the channels that tiles are packed with (codec/basis.h), for `rotate` 2 only
     int32_t         n_head;    // KV heads
     int32_t         n_cell;    // of a stream
     int32_t         n_tile;    // of a stream
@@ -68,6 +68,14 @@ struct unpack_arguments {
     int32_t     first; // cell
     int32_t     n;     // cells
     uint16_t *  rows;  // f16 [n, n_head, d_head]
+};
+
+// The squares of the queries that each KV head meets, added up by channel (codec/basis.h).
+struct observe_arguments {
+    gear_attention_params params;    // q is the device's
+    double *              square;    // [n_head_kv, d_head]
+    int32_t               n_head_kv; //
+    int32_t               d_head;    //
 };
 
 struct attend_arguments {

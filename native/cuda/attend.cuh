@@ -95,6 +95,11 @@ __host__ __device__ inline bool rotates(const device_side & side) {
     return side.has_tiles && side.layout.config.rotate;
 }
 
+// Whether each packed tile names the basis it is coded in (codec/basis.h).
+__host__ __device__ inline bool is_weighted(const device_side & side) {
+    return side.has_tiles && is_weighted(side.layout);
+}
+
 // A sink is one more score without a row. Everything hidden gives 0.
 __device__ inline float with_sink(const attend_arguments & args, int head, float max, float sum, float & shrink) {
     const float sink = args.params.sinks ? args.params.sinks[head] : -infinite, high = fmaxf(max, sink);

@@ -1,6 +1,7 @@
 #include "cuda/cuda_cache.h"
 
 #include "common/error.h"
+#include "common/half.h"
 #include "common/memory.h"
 
 #include <algorithm>
@@ -170,8 +171,9 @@ size_t cache_side::bytes(const store_shape & shape, const tile_layout * layout, 
     return tiles_bytes(shape, layout) + pool_bytes(shape, n_row);
 }
 
-cache_side::cache_side(const api & with, const store_shape & shape, const tile_layout * layout, uint32_t seed, std::shared_ptr<cache_table> table)
-    : with_(with), shape_(shape), layout_(layout_of(shape, layout)), has_tiles_(layout != nullptr), seed_(seed), table_(std::move(table)) {
+cache_side::cache_side(const api & with, const store_shape & shape, const tile_layout * layout, uint32_t seed, std::shared_ptr<cache_table> table,
+                       head_bases * bases)
+    : with_(with), shape_(shape), layout_(layout_of(shape, layout)), has_tiles_(layout != nullptr), seed_(seed), table_(std::move(table)), bases_(bases) {
     const store_shape & of = table_->planner().shape();
     if (of.n_cell != shape.n_cell || of.n_stream != shape.n_stream || of.tile != shape.tile) {
         fail(GEAR_ERROR_INTERNAL, "layer %d: the table is of %lld cells in %d streams", shape.il, (long long) of.n_cell, of.n_stream);
@@ -183,6 +185,12 @@ cache_side::cache_side(const api & with, const store_shape & shape, const tile_l
     n_row_ = table_->planner().n_row();
     tiles_ = std::make_unique<device_block>(with, tiles_bytes(shape_, layout));
     pool_  = std::make_unique<device_block>(with, pool_bytes(shape_, n_row_));
+    if (has_tiles_ && layout_.config.rotate == rotate_weighted) {
+        if (!bases_) {
+            fail(GEAR_ERROR_INTERNAL, "layer %d: no one chooses the weights of its channels", shape.il);
+        }
+        basis_ = std::make_unique<device_block>(with, (size_t) (shape.n_head * basis_bytes(shape.d_head)));
+    }
 }
 
 device_side cache_side::on_device() const {
@@ -190,7 +198,7 @@ device_side cache_side::on_device() const {
              tiles_->data(),
              reinterpret_cast<uint16_t *>(pool_->data()),
              table_->slot_table(),
-             nullptr,
+             basis_ ? basis_->data() : nullptr,
              shape_.n_head,
              (int32_t) shape_.n_cell,
              table_->planner().n_tile(),
@@ -215,11 +223,91 @@ void cache_side::grow(cuda_worker & worker) {
     n_row_ = n_row;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// The basis of each head: the device adds up the queries, the host decides (codec/basis.h) when the first tile is packed, once in a cache's life
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+void cache_side::observe(cuda_worker & worker, const gear_attention_params & params) {
+    if (!is_weighted() || shape_.side != GEAR_SIDE_K || !bases_->is_open(0)) {
+        return;
+    }
+    if (!squares_) {
+        squares_ = std::make_unique<device_block>(with_, (size_t) (shape_.n_head * shape_.d_head) * sizeof(double));
+    }
+    if (n_query_ == 0) {
+        require_ok(with_, with_.fill(squares_->data(), 0, squares_->size(), worker.work), "noting queries");
+    }
+    const observe_arguments args = { params, reinterpret_cast<double *>(squares_->data()), shape_.n_head, shape_.d_head };
+    require_ok(with_, with_.observe(&args, worker.work), "noting queries");
+    n_query_ += (int64_t) params.n_query * params.n_stream * (params.n_head / shape_.n_head);
+    query_scale_ = params.scale;
+}
+
+void cache_side::report_queries(cuda_worker & worker) {
+    if (n_query_ == 0 || !bases_->is_open(0)) {
+        return;
+    }
+    std::vector<double> square((size_t) (shape_.n_head * shape_.d_head));
+    require_ok(with_, with_.download(square.data(), squares_->data(), square.size() * sizeof(double), worker.work), "reading the queries' sums");
+    require_ok(with_, with_.wait_stream(worker.work), "reading the queries' sums");
+    for (int head = 0; head < shape_.n_head; ++head) {
+        bases_->add_observed(head, square.data() + (size_t) (head * shape_.d_head), n_query_, query_scale_);
+    }
+    n_query_ = 0;
+}
+
+// source [T]: of the first tile to be packed, as pack_arguments has it; rows f16 [n_row, n_embd] in device memory
+void cache_side::teach(cuda_worker & worker, const int32_t * source, const uint16_t * rows, int64_t n_row) {
+    if (!is_weighted() || !bases_->is_open(0)) {
+        return;
+    }
+    report_queries(worker);
+    const int             d = shape_.d_head;
+    std::vector<uint16_t> there((size_t) (n_row * shape_.n_embd()));
+    require_ok(with_, with_.download(there.data(), rows, there.size() * sizeof(uint16_t), worker.work), "reading the first tile");
+    require_ok(with_, with_.wait_stream(worker.work), "reading the first tile");
+    std::vector<float>   x((size_t) (shape_.tile * d));
+    std::vector<uint8_t> written((size_t) shape_.tile);
+    for (int head = 0; head < shape_.n_head; ++head) {
+        for (int t = 0; t < shape_.tile; ++t) {
+            written[(size_t) t] = source[t] >= 0;
+            for (int c = 0; c < d; ++c) {
+                x[(size_t) (t * d + c)] =
+                    source[t] >= 0 ? half_to_float(there[(size_t) source[t] * (size_t) shape_.n_embd() + (size_t) (head * d + c)]) : 0;
+            }
+        }
+        bases_->decide(head, x.data(), written.data());
+    }
+    send_bases(worker);
+    squares_.reset();
+}
+
+void cache_side::send_bases(cuda_worker & worker) {
+    const size_t         n = (size_t) basis_bytes(shape_.d_head);
+    std::vector<uint8_t> all((size_t) shape_.n_head * n);
+    for (int head = 0; head < shape_.n_head; ++head) {
+        if (const uint8_t * basis = bases_->basis(head)) {
+            std::copy_n(basis, n, all.data() + (size_t) head * n);
+        }
+    }
+    require_ok(with_, with_.upload(basis_->data(), all.data(), all.size(), worker.work), "sending the weights of channels");
+    require_ok(with_, with_.wait_stream(worker.work), "sending the weights of channels"); // `all` goes
+}
+
+void cache_side::forget() {
+    if (bases_) {
+        bases_->forget();
+    }
+    n_query_ = 0;
+}
+
 void cache_side::pack(cuda_worker & worker) {
     grow(worker);
     if (table_->n_job() == 0) {
         return;
     }
+    const slot_plan & plan = table_->last_plan();
+    teach(worker, plan.source.data(), reinterpret_cast<const uint16_t *>(pool_->data()) + plan.jobs[0].stream * n_row_ * shape_.n_embd(), n_row_);
     const pack_arguments args = { on_device(), seed_, table_->jobs(), table_->source(), table_->n_job(), worker.pack_scratch(layout_) };
     require_ok(with_, with_.pack(&args, worker.n_block, worker.work), "packing tiles");
     n_pack_ += table_->n_job();
@@ -303,6 +391,7 @@ void cache_side::update_run(cuda_worker & worker, const uint8_t * marked, int64_
     back.n               = (int32_t) n;
     require_ok(with_, with_.write_rows(&back, worker.work), "changing rows");
     if (n_job > 0) {
+        teach(worker, numbers.data() + n, staging, n);
         device_side side          = on_device();
         side.pool                 = const_cast<uint16_t *>(staging);
         side.n_row                = 0; // rows of any stream begin where `staging` does
@@ -386,6 +475,9 @@ void cache_side::adopt(cuda_worker & worker, const store & from) {
     }
     table_->adopt(worker, from);
     grow(worker);
+    if (is_weighted()) {
+        send_bases(worker); // those of its tiles, which it has told the codec
+    }
     const size_t          n_embd = (size_t) shape_.n_embd(), of_tile = (size_t) shape_.n_head * (size_t) layout_.part.bytes;
     std::vector<uint16_t> pool((size_t) n_row_ * n_embd);
     for (int stream = 0; stream < shape_.n_stream; ++stream) {
@@ -425,7 +517,8 @@ gear_store_stats cache_side::stats() const {
     return stats;
 }
 
-void attend(cuda_worker & worker, const gear_attention_params & params, const cache_side & k, const cache_side & v) {
+void attend(cuda_worker & worker, const gear_attention_params & params, cache_side & k, const cache_side & v) {
+    k.observe(worker, params);
     attend_arguments args  = { params, k.on_device(), v.on_device(), 0, 0, 0, 0, 0, nullptr };
     const int64_t    bytes = worker.with.plan_attend(&args, worker.facts.n_processor);
     if (bytes > 0) {

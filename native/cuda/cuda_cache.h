@@ -5,6 +5,7 @@
 // device has computed. It travels in one upload a step, from pinned memory, for all layers.
 #pragma once
 
+#include "codec/basis.h"
 #include "codec/codec.h"
 #include "cuda/api.h"
 #include "cuda/slot_planner.h"
@@ -44,6 +45,7 @@ class cache_table {
     const int32_t *  slot() const { return slot_; }
     const int32_t *  slot_table() const { return reinterpret_cast<const int32_t *>(slot_table_.data()); }
 
+    const slot_plan &    last_plan() const { return plan_; } // on the host
     const slot_planner & planner() const { return planner_; }
     size_t               bytes() const;
 
@@ -76,13 +78,20 @@ class cache_table {
 // One side of one layer.
 class cache_side {
   public:
-    // layout: of the tiles; nullptr: the side is kept as f16.
-    cache_side(const api & with, const store_shape & shape, const tile_layout * layout, uint32_t seed, std::shared_ptr<cache_table> table);
+    // layout: of the tiles; nullptr: the side is kept as f16. bases: what its heads are coded in, learned here; nullptr where the layout wants none.
+    cache_side(const api & with, const store_shape & shape, const tile_layout * layout, uint32_t seed, std::shared_ptr<cache_table> table,
+               head_bases * bases = nullptr);
 
     // Pack what the table's last plan says, then take the rows (in device memory).
     void write(cuda_worker & worker, int64_t n, const void * rows, int64_t stride, bool is_half);
     void pack(cuda_worker & worker);
     void copy_stream(cuda_worker & worker, int from, int to); // tiles and rows; the table has planned it
+    // Note the queries of an attention, until the first tile is packed; K's side only.
+    void observe(cuda_worker & worker, const gear_attention_params & params);
+    // What was noted goes to the host, which waits.
+    void report_queries(cuda_worker & worker);
+    // The cache is empty: what was learned of its rows is forgotten.
+    void forget();
     // Rows as f16 to the host, which waits.
     void read(cuda_worker & worker, int64_t cell, int64_t n, uint16_t * rows);
 
@@ -108,6 +117,9 @@ class cache_side {
 
   private:
     void      grow(cuda_worker & worker);
+    void      teach(cuda_worker & worker, const int32_t * source, const uint16_t * rows, int64_t n_row);
+    void      send_bases(cuda_worker & worker);
+    bool      is_weighted() const { return bases_ && has_tiles_ && layout_.config.rotate == rotate_weighted; }
     void      update_run(cuda_worker & worker, const uint8_t * marked, int64_t first, int64_t n, const pack_job * jobs, const int32_t * source, int n_job,
                          const uint16_t * staging);
     int64_t   first_cell(const pack_job & job) const { return job.stream * shape_.n_cell + (int64_t) job.tile * shape_.tile; }
@@ -119,12 +131,16 @@ class cache_side {
     bool                          has_tiles_;
     uint32_t                      seed_;
     std::shared_ptr<cache_table>  table_;
+    head_bases *                  bases_;
     std::unique_ptr<device_block> tiles_, pool_;
+    std::unique_ptr<device_block> squares_, basis_; // f64 [n_head, d_head] of the queries, until the first tile is packed; u8 [n_head, d_head / 2]
     int64_t                       n_row_;
-    int64_t                       n_pack_ = 0;
+    int64_t                       n_pack_      = 0;
+    int64_t                       n_query_     = 0; // of each head that squares_ is the sum of
+    float                         query_scale_ = 1;
 };
 
-// Attention of K and V of one layer; all pointers of params are the device's.
-void attend(cuda_worker & worker, const gear_attention_params & params, const cache_side & k, const cache_side & v);
+// Attention of K and V of one layer; all pointers of params are the device's. K notes the queries.
+void attend(cuda_worker & worker, const gear_attention_params & params, cache_side & k, const cache_side & v);
 
 } // namespace gear::cuda

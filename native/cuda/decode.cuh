@@ -33,6 +33,8 @@ struct decode_shared {
     float *     shared_k;  // [rows, rank] q.b
     float *     shared_v;  // [rows, rank] p.a
     tile_ranges ranges_k, ranges_v;
+    uint8_t *   basis_k; // [d / 2] what q is in, and what `out` is in, where tiles name their basis
+    uint8_t *   basis_v;
     int32_t *   slot_k; // [T]
     int32_t *   slot_v; // [T]
     int         q_stride, p_stride, out_stride, bytes;
@@ -73,9 +75,11 @@ __host__ __device__ inline void lay_out(const attend_arguments & args, unsigned 
     s.shared_v   = floats(decode_rows * max_rank);
     ranges(args.k, s.ranges_k);
     ranges(args.v, s.ranges_v);
-    s.slot_k = reinterpret_cast<int32_t *>(take(4 * T));
-    s.slot_v = reinterpret_cast<int32_t *>(take(4 * T));
-    s.bytes  = used;
+    s.basis_k = is_weighted(args.k) ? take(basis_bytes(k.d_head)) : nullptr;
+    s.basis_v = is_weighted(args.v) ? take(basis_bytes(v.d_head)) : nullptr;
+    s.slot_k  = reinterpret_cast<int32_t *>(take(4 * T));
+    s.slot_v  = reinterpret_cast<int32_t *>(take(4 * T));
+    s.bytes   = used;
 }
 
 __device__ inline void load_ranges(const tile_layout & layout, const uint8_t * tile, tile_ranges & r) {
@@ -186,6 +190,7 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
     decode_shared            s;
     int                      stream, head, first_row, n_rows, split; // stream of the op; KV head
     float                    out[n_block][2][4];                     // of the warp's lane blocks of channels
+    bool                     has_basis_k, has_basis_v;               // the block has met a tile that names one
 
     __device__ int           T() const { return args.k.layout.n_token; }
     __device__ int           cache_stream() const { return args.params.stream0 + stream; }
@@ -226,9 +231,65 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
             out[i / 8][i / 4 % 2][i % 4] = 0;
         }
         __syncthreads();
-        if (rotates(args.k)) {
+        if (rotates(args.k) && !is_weighted(args.k)) {
             hadamard_rows(s.q, decode_rows, args.k.layout.d_head, s.q_stride);
         }
+    }
+
+    // Tiles of a head have one basis, unless they come from elsewhere: it seldom differs from the last tile's.
+    __device__ bool differs(const tile_layout & layout, const uint8_t * tile, const uint8_t * basis, bool is_set) const {
+        int found = !is_set;
+        for_each(is_set ? basis_bytes(layout.d_head) : 0, [&](int i) { found |= basis[i] != tile[layout.part.basis + i]; });
+        return __syncthreads_or(found) != 0;
+    }
+
+    __device__ void take_basis(const tile_layout & layout, const uint8_t * tile, uint8_t * basis) const {
+        for_each(basis_bytes(layout.d_head), [&](int i) { basis[i] = tile[layout.part.basis + i]; });
+        __syncthreads();
+    }
+
+    // q.k = (H (q / w)).y where y = H (w o k)
+    __device__ void enter_basis_k(const uint8_t * tile) {
+        const tile_layout & layout = args.k.layout;
+        if (!is_weighted(args.k) || !differs(layout, tile, s.basis_k, has_basis_k)) {
+            return;
+        }
+        take_basis(layout, tile, s.basis_k);
+        has_basis_k       = true;
+        const float scale = score_scale();
+        for_each(decode_rows * s.q_stride, [&](int i) {
+            const int  r = i / s.q_stride, c = i % s.q_stride;
+            const bool is_there = r < n_rows && c < layout.d_head;
+            s.q[i]              = is_there ? query_row(args, stream, row(r))[c] * scale / weight_of_channel(s.basis_k, layout.d_head, c) : 0.0f;
+        });
+        __syncthreads();
+        hadamard_rows(s.q, decode_rows, layout.d_head, s.q_stride);
+    }
+
+    __device__ void enter_basis_v(const uint8_t * tile) {
+        if (!is_weighted(args.v) || !differs(args.v.layout, tile, s.basis_v, has_basis_v)) {
+            return;
+        }
+        if (has_basis_v) {
+            rotate_back();
+        }
+        take_basis(args.v.layout, tile, s.basis_v);
+        has_basis_v = true;
+    }
+
+    // p.V = (H (p.Y)) / w: what was added up in this basis joins the rest, and `out` begins anew.
+    __device__ void rotate_back() {
+        const int d = args.v.layout.d_head;
+        collect();
+        hadamard_rows(s.out, decode_rows, d, s.out_stride);
+        for_each(decode_rows * s.out_stride, [&](int i) {
+            const int c = i % s.out_stride;
+            if (c < d) {
+                s.out_exact[i] += is_weighted(args.v) ? s.out[i] / weight_of_channel(s.basis_v, d, c) : s.out[i];
+            }
+            s.out[i] = 0;
+        });
+        __syncthreads();
     }
 
     __device__ __forceinline__ void attend_tile(int tile) {
@@ -257,6 +318,7 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
         }
         __syncthreads();
         if (k_packed) {
+            enter_basis_k(tile_k);
             score_packed(tile_k);
         }
         if (k_exact) {
@@ -270,6 +332,7 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
             add_p_v_exact();
         }
         if (v_packed) {
+            enter_basis_v(tile_v);
             add_p_v_packed(tile_v);
         }
         __syncthreads();
@@ -548,20 +611,30 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
         }
     }
 
-    // The range's max, sum and output.
-    __device__ void finish() {
-        const int d = args.v.layout.d_head;
+    // What the threads hold of `out` goes there.
+    __device__ void collect() {
         GEAR_UNROLL
         for (int i = 0; i < n_block; ++i) {
             add_lanes(warp() + i * n_warp(), out[i]);
+            GEAR_UNROLL
+            for (int j = 0; j < 8; ++j) {
+                out[i][j / 4][j % 4] = 0;
+            }
         }
         __syncthreads();
-        if (rotates(args.v)) {
-            hadamard_rows(s.out, decode_rows, d, s.out_stride);
+    }
+
+    // The range's max, sum and output.
+    __device__ void finish() {
+        const int d = args.v.layout.d_head;
+        if (!rotates(args.v)) {
+            collect();
+        } else if (has_basis_v || !is_weighted(args.v)) {
+            rotate_back();
         }
         for_each(n_rows * d, [&](int i) {
-            const int r = i / d, c = i % d, at = r * s.out_stride + c;
-            partial(r)[2 + c] = s.out[at] + (s.out_exact != s.out ? s.out_exact[at] : 0.0f);
+            const int r = i / d, c = i % d;
+            partial(r)[2 + c] = s.out_exact[r * s.out_stride + c];
         });
         for_each(n_rows, [&](int r) {
             partial(r)[0] = s.max[r];
@@ -580,7 +653,9 @@ template <int bits_k, int bits_v, int n_block> struct decoder {
 template <int bits_k, int bits_v, int n_block>
 __global__ void __launch_bounds__(decode_threads) decode_kernel(const __grid_constant__ attend_arguments args) {
     const int n_all = args.params.n_query * args.n_share, head = (int) blockIdx.y % args.k.n_head, first = (int) blockIdx.y / args.k.n_head * decode_rows;
-    decoder<bits_k, bits_v, n_block> d = { args, {}, (int) blockIdx.z, head, first, least(decode_rows, n_all - first), (int) blockIdx.x, {} };
+    decoder<bits_k, bits_v, n_block> d = {
+        args, {}, (int) blockIdx.z, head, first, least(decode_rows, n_all - first), (int) blockIdx.x, {}, false, false
+    };
     lay_out(args, shared_memory(), d.s);
     d.run();
 }

@@ -5,6 +5,7 @@
 
 #include "cuda/api.h"
 #include "cuda/decode.cuh"
+#include "cuda/observe.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/prefill.cuh"
 #include "cuda/rows.cuh"
@@ -39,6 +40,10 @@ inline int start_unpack(const unpack_arguments * args, stream s) {
     return args->n > 0 ? start(unpack_kernel, dim3((unsigned) args->n, (unsigned) args->side.n_head), unpack_threads,
                                (size_t) args->side.layout.d_head * sizeof(float), s, *args)
                        : 0;
+}
+
+inline int start_observe(const observe_arguments * args, stream s) {
+    return args->params.n_query > 0 ? start(observe_kernel, dim3((unsigned) args->n_head_kv), observe_threads, 0, s, *args) : 0;
 }
 
 inline bool is_decode(const attend_arguments & args) {

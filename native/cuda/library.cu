@@ -110,6 +110,7 @@ const api table = {
     start_unpack,
     plan_attend,
     start_attend,
+    start_observe,
 };
 
 } // namespace

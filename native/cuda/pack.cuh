@@ -57,6 +57,7 @@ struct packer : low_rank_block {
         __syncthreads(); // all is read that the tile said before
         for_each((int) (layout.part.bytes / 4), [&](int i) { reinterpret_cast<uint32_t *>(tile)[i] = 0; });
         __syncthreads();
+        for_each(is_weighted(layout) ? d() / 2 : 0, [&](int i) { tile[layout.part.basis + i] = s.basis[i]; });
         if (layout.config.center) {
             take_mean(has_kept);
         }
@@ -72,16 +73,19 @@ struct packer : low_rank_block {
         }
     }
 
-    // X, sanitized and rotated. true: some rows stay as the tile has them.
+    // X, sanitized, weighted and rotated. true: some rows stay as the tile has them, and so does its basis.
     __device__ bool load() {
         int has_kept = 0;
         for_each(T(), [&](int t) { has_kept |= source[t] == slot_packed; });
         has_kept = __syncthreads_or(has_kept);
+        for_each(is_weighted(layout) ? d() / 2 : 0, [&](int i) { s.basis[i] = has_kept ? tile[layout.part.basis + i] : basis[i]; });
+        __syncthreads();
         for_each(T() * d(), [&](int i) {
             const int t = i / d(), c = i % d(), from = source[t];
             float     x = 0;
             if (from >= 0) {
                 x = sanitized(from_half(pool[(int64_t) from * stride + c]));
+                x = is_weighted(layout) ? x * weight_of_channel(s.basis, d(), c) : x;
             } else if (has_kept && from == slot_packed) {
                 x = quantized_at(layout, tile, t, c);
                 x += low_rank_at(layout, tile, t, c);
@@ -437,6 +441,7 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const __grid_constan
                          (int) stride,
                          args.source + (int64_t) index * layout.n_token,
                          args.side.tiles + (((int64_t) which.stream * args.side.n_tile + which.tile) * args.side.n_head + head) * layout.part.bytes,
+                         is_weighted(layout) ? args.side.basis + (int64_t) head * (layout.d_head / 2) : nullptr,
                          args.seed,
                          {},
                          {} } } };

@@ -29,18 +29,19 @@ __host__ __device__ inline int64_t pack_scratch_floats(const tile_layout & layou
 
 // Shared memory: A [r][T] and B [r][d], sums of a block, ranges of the sets.
 struct pack_shared {
-    float * A;
-    float * B;
-    float * sum;    // [2 + warps]
-    float * lowest; // [n_set] of the set
-    float * highest;
-    float * mean;   // [d]
-    float * old_lo; // [n_set] of the tile as it was packed before
-    float * old_hi;
+    float *   A;
+    float *   B;
+    float *   sum;    // [2 + warps]
+    float *   lowest; // [n_set] of the set
+    float *   highest;
+    float *   mean;   // [d]
+    float *   old_lo; // [n_set] of the tile as it was packed before
+    float *   old_hi;
+    uint8_t * basis; // [d / 2] weights of the channels, with `rotate` 2
 };
 
 __host__ __device__ inline int64_t pack_shared_floats(const tile_layout & layout) {
-    return layout.config.rank * (layout.n_token + layout.d_head) + 64 + 4 * layout.part.n_set + layout.d_head;
+    return layout.config.rank * (layout.n_token + layout.d_head) + 64 + 4 * layout.part.n_set + layout.d_head + layout.d_head / 8;
 }
 
 __device__ inline bool is_absent(float x) {
@@ -68,6 +69,7 @@ __device__ inline void lay_out(const tile_layout & layout, pack_shared & s) {
     s.old_lo  = s.highest + layout.part.n_set;
     s.old_hi  = s.old_lo + layout.part.n_set;
     s.mean    = s.old_hi + layout.part.n_set;
+    s.basis   = reinterpret_cast<uint8_t *>(s.mean + layout.d_head);
 }
 
 struct pack_block {
@@ -76,6 +78,7 @@ struct pack_block {
     int                 stride; // elements from row to row
     const int32_t *     source; // [T]
     uint8_t *           tile;
+    const uint8_t *     basis; // [d / 2] what a tile without kept rows is coded in, with `rotate` 2
     uint32_t            seed;
     pack_scratch_device w;
     pack_shared         s;

@@ -122,6 +122,10 @@ template <int max_d> struct prefiller {
         write();
     }
 
+    // Whether a side's rows are rotated in shared memory. Tiles that name their basis are taken out of it: it need not be the same for all of a strip's
+    // readers, and f16 is too coarse for a row in which H has spread a channel that stands out.
+    __device__ static bool stays_rotated(const device_side & side) { return rotates(side) && !is_weighted(side); }
+
     // Rotated, if packed tiles want it so: exact rows are rotated when they are loaded.
     __device__ void load_queries() {
         const gear_attention_params & params = args.params;
@@ -134,7 +138,7 @@ template <int max_d> struct prefiller {
                 const int c = lane + 32 * i;
                 x[i]        = r < n_rows && c < d ? query_row(args, stream, row_of(args, head, first_row + r))[c] * scale : 0.0f;
             }
-            if (rotates(args.k)) {
+            if (stays_rotated(args.k)) {
                 hadamard_warp(x, d, lane);
             }
             GEAR_UNROLL
@@ -170,7 +174,7 @@ template <int max_d> struct prefiller {
 
     // K, V or both, and whether some of it is packed.
     __device__ void load_strip(int first, bool with_k, bool with_v, int packed) {
-        const bool k_packed = with_k && (packed & 1), v_packed = with_v && (packed & 2);
+        const bool k_packed = with_k && (packed & 1) && !is_weighted(args.k), v_packed = with_v && (packed & 2) && !is_weighted(args.v);
         const int  T = args.k.layout.n_token, tile = first / T, token = first % T;
         if (k_packed) {
             unpack_k(tile_at(args.k, cache_stream(), tile, head), token);
@@ -187,10 +191,10 @@ template <int max_d> struct prefiller {
         }
         __syncthreads();
         if (with_k) {
-            load_exact(args.k, s.slot_k);
+            load_rows(args.k, s.slot_k, tile, token);
         }
         if (with_v) {
-            load_exact(args.v, s.slot_v);
+            load_rows(args.v, s.slot_v, tile, token);
         }
         __syncthreads();
     }
@@ -261,29 +265,33 @@ template <int max_d> struct prefiller {
         });
     }
 
-    // Exact rows, and zeros for cells never written; as packed ones are.
-    __device__ void load_exact(const device_side & side, const int32_t * slots) {
-        const int  d    = side.layout.d_head;
-        const bool is_k = side.layout.side == GEAR_SIDE_K;
+    // Exact rows, and zeros for cells never written, as packed ones are; and packed rows of a tile that names its basis, which they leave.
+    __device__ void load_rows(const device_side & side, const int32_t * slots, int tile_number, int token) {
+        const int       d        = side.layout.d_head;
+        const bool      is_k     = side.layout.side == GEAR_SIDE_K;
+        const uint8_t * weighted = is_weighted(side) ? tile_at(side, cache_stream(), tile_number, head) : nullptr;
         for_each_warp(sizes::strip, [&](int cell, int lane) {
-            const int slot = slots[cell];
-            if (slot == slot_packed) {
+            const int  slot      = slots[cell];
+            const bool is_packed = slot == slot_packed;
+            if (is_packed && !weighted) {
                 return;
             }
             const uint16_t * row = slot >= 0 ? exact_row_at(side, cache_stream(), slot, head) : nullptr;
             float            x[n_channel];
             GEAR_UNROLL
             for (int i = 0; i < n_channel; ++i) {
-                x[i] = row && lane + 32 * i < d ? from_half(row[lane + 32 * i]) : 0.0f;
+                const int c = lane + 32 * i;
+                x[i]        = c >= d ? 0.0f : is_packed ? reconstructed_at(side.layout, weighted, token + cell, c) : row ? from_half(row[c]) : 0.0f;
             }
-            if (rotates(side)) {
+            if (is_packed || stays_rotated(side)) {
                 hadamard_warp(x, d, lane);
             }
             GEAR_UNROLL
             for (int i = 0; i < n_channel; ++i) {
                 const int c = lane + 32 * i;
                 if (c < d) {
-                    (is_k ? k_at(cell, c) : v_at(cell, c)) = to_half(in_half_range(x[i]));
+                    const float value                      = is_packed ? x[i] / weight_at(side.layout, weighted, c) : x[i];
+                    (is_k ? k_at(cell, c) : v_at(cell, c)) = to_half(in_half_range(value));
                 }
             }
         });
@@ -395,7 +403,7 @@ template <int max_d> struct prefiller {
                 }
             }
         }
-        if (!rotates(args.v)) {
+        if (!stays_rotated(args.v)) {
             return;
         }
         __syncthreads(); // the rows are the block's own

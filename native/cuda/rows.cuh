@@ -29,18 +29,6 @@ __global__ void __launch_bounds__(row_threads) set_slots_kernel(const __grid_con
     }
 }
 
-// What a packed tile says of one number, in the basis that was coded.
-__device__ inline float reconstructed_at(const tile_layout & layout, const uint8_t * tile, int t, int c) {
-    const gear_tile_layout & part   = layout.part;
-    const int                vector = layout.side == GEAR_SIDE_K ? c : t, entry = layout.side == GEAR_SIDE_K ? t : c;
-    float                    value = quantized_at(layout, tile, t, c) + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c);
-    for (int i = 0; i < part.n_outlier; ++i) {
-        const int i_outlier = vector * part.n_outlier + i;
-        value               = outlier_index_at(layout, tile, i_outlier) == entry ? from_half(half_at(tile + part.outlier_value, i_outlier)) : value;
-    }
-    return value;
-}
-
 // One cell of one head a block: rows as f16, cells never written as zeros.
 __global__ void __launch_bounds__(unpack_threads) unpack_kernel(const __grid_constant__ unpack_arguments args) {
     const device_side & side   = args.side;
@@ -60,7 +48,7 @@ __global__ void __launch_bounds__(unpack_threads) unpack_kernel(const __grid_con
     if (layout.config.rotate) {
         hadamard_rows(row, 1, d, d);
     }
-    for_each(d, [&](int c) { to[c] = to_half(in_half_range(row[c])); });
+    for_each(d, [&](int c) { to[c] = to_half(in_half_range(is_weighted(layout) ? row[c] / weight_at(layout, tile, c) : row[c])); });
 }
 
 } // namespace gear::cuda

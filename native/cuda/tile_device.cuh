@@ -21,6 +21,7 @@
 // has the range of f32, so that nothing has to be scaled first. Sums are f32.
 #pragma once
 
+#include "codec/basis.h"
 #include "codec/ranges.h"
 #include "cuda/arguments.h"
 #include "cuda/block.cuh"
@@ -115,6 +116,27 @@ __device__ inline float low_rank_at(const tile_layout & layout, const uint8_t * 
 // M
 __device__ inline float mean_at(const tile_layout & layout, const uint8_t * tile, int channel) {
     return layout.config.center ? from_half(half_at(tile + layout.part.mean, channel)) : 0.0f;
+}
+
+// What a packed tile says of one number, in the basis that was coded.
+__device__ inline float reconstructed_at(const tile_layout & layout, const uint8_t * tile, int t, int c) {
+    const gear_tile_layout & part   = layout.part;
+    const int                vector = layout.side == GEAR_SIDE_K ? c : t, entry = layout.side == GEAR_SIDE_K ? t : c;
+    float                    value = quantized_at(layout, tile, t, c) + low_rank_at(layout, tile, t, c) + mean_at(layout, tile, c);
+    for (int i = 0; i < part.n_outlier; ++i) {
+        const int i_outlier = vector * part.n_outlier + i;
+        value               = outlier_index_at(layout, tile, i_outlier) == entry ? from_half(half_at(tile + part.outlier_value, i_outlier)) : value;
+    }
+    return value;
+}
+
+__host__ __device__ inline bool is_weighted(const tile_layout & layout) {
+    return layout.config.rotate == rotate_weighted;
+}
+
+// w of a channel of a packed tile, with `rotate` 2
+__device__ inline float weight_at(const tile_layout & layout, const uint8_t * tile, int c) {
+    return weight_of_channel(tile + layout.part.basis, layout.d_head, c);
 }
 
 // Channels of H's block that channel c lies in. Of more than 256 channels the blocks are d's powers of two, the largest first: c's is that of the highest

@@ -217,7 +217,34 @@ inline void compare(const device & on, const std::string & what, const cache & c
     worst_error[kernel] = std::max(worst_error[kernel], worst);
 }
 
+// Tiles of one head that are coded in different bases, as after a restore of foreign tiles: forget() has each one chosen anew.
+inline void test_bases(const device & on) {
+    gear_config config = config_of(4, 4, 64);
+    config.k.rotate = config.v.rotate = rotate_weighted;
+    config.v.center                   = 1;
+    cache c(config, {});
+    for (both_sides * side : { &c.k, &c.v }) {
+        for (int first = 0; first < c.s.n_cell; first += config.tile) {
+            std::vector<int64_t> cells((size_t) config.tile);
+            std::iota(cells.begin(), cells.end(), first);
+            side->codec->forget();
+            side->write(cells);
+            side->flush();
+        }
+        const int64_t basis = side->layout()->part.basis;
+        CHECK(memcmp(side->rows->view(0, 0).packed + basis, side->rows->view(0, 1).packed + basis, (size_t) basis_bytes(c.s.d_k)) != 0);
+        side->write({ 5, 200 });
+        side->upload(on);
+    }
+    for (int n_query : { 1, 40 }) {
+        request r;
+        r.n_query = n_query;
+        compare(on, "bases that differ", c, r);
+    }
+}
+
 inline void test_attention(const device & on, int n_random) {
+    test_bases(on);
     const auto run = [&](const std::string & what, const gear_config & config, const shape & s, request r, int again = 33, int written = 384) {
         cache c(config, s);
         c.fill(on, written, again);
@@ -250,7 +277,7 @@ inline void test_attention(const device & on, int n_random) {
         s.d_v       = d[1];
         for (int kind = 0; kind < 3; ++kind) { // 1: the most shared memory with scales of 8 bits, 2: with scales in f16
             gear_config config = config_of(kind == 0 ? 4 : 5, kind == 0 ? 4 : 3, kind == 0 ? 64 : 256);
-            config.k.rotate = config.v.rotate = kind != 2;
+            config.k.rotate = config.v.rotate = 2 - kind;
             config.k.center = config.v.center = kind == 1;
             config.k.scale_bits = config.v.scale_bits = kind == 2 ? 16 : 8;
             config.k.rank = config.v.rank = kind == 2 ? 2 : 0;
@@ -318,6 +345,8 @@ inline void test_attention(const device & on, int n_random) {
         }
         gear_config preset = config_of(4, 4, 256); // as the presets are
         preset.k.rotate = preset.v.rotate = preset.v.center = 1;
+        run("rotated", preset, {}, with([=](request & r) { r.n_query = n_query; }));
+        preset.k.rotate = rotate_weighted;
         run("preset", preset, {}, with([=](request & r) { r.n_query = n_query; }));
         preset.k.center = 1;
         run("K with its mean", preset, {}, with([=](request & r) { r.n_query = n_query; }));

@@ -12,14 +12,15 @@ struct twins {
     std::shared_ptr<const gear_tile_codec> codec;
     store_shape                            shape;
     store                                  here;
+    head_bases                             bases[2]; // of `there` and `second`
     std::shared_ptr<cuda::cache_table>     table;
     cuda::cache_side                       there, second; // another layer of the same table
     int64_t                                step = 0;
 
     twins(const device & on, const gear_config & config, gear_side side, const store_shape & shape)
         : on(on), worker(on.api, 0), codec(std::make_shared<gear_tile_codec>(config, side, shape.d_head)), shape(shape), here(shape, codec),
-          table(std::make_shared<cuda::cache_table>(on.api, shape, true)), there(on.api, shape, &codec->layout(), config.seed, table),
-          second(on.api, shape, &codec->layout(), config.seed, table) {}
+          bases{ head_bases(codec->layout()), head_bases(codec->layout()) }, table(std::make_shared<cuda::cache_table>(on.api, shape, true)),
+          there(on.api, shape, &codec->layout(), config.seed, table, &bases[0]), second(on.api, shape, &codec->layout(), config.seed, table, &bases[1]) {}
 
     void wait() { on.check_ok(on.api.wait_stream(worker.work), "wait_stream"); }
 
@@ -46,6 +47,31 @@ struct twins {
             table->plan(worker, step, (int64_t) cells.size(), where);
             side->write(worker, (int64_t) cells.size(), uploaded.data, (int64_t) (n_embd * size), is_half);
         }
+        wait();
+    }
+
+    // Queries of 2 query heads a KV head, some channels larger than others, one no number.
+    void observe() {
+        gear_attention_params p = {};
+        p.n_query               = whole(1, 9);
+        p.n_head                = 2 * shape.n_head;
+        p.n_stream              = 1;
+        p.scale                 = 0.25f;
+        p.q_stride[0]           = (int64_t) p.n_head * shape.d_head * 4;
+        p.q_stride[1]           = (int64_t) shape.d_head * 4;
+        std::vector<float> q((size_t) (p.n_query * p.n_head * shape.d_head));
+        for (size_t i = 0; i < q.size(); ++i) {
+            q[i] = (i % 7 == 3 ? 6.0f : 1.0f) * normal();
+        }
+        q[0] = NAN;
+        codec->bases()->reserve(shape.n_head);
+        for (int head = 0; head < p.n_head; ++head) {
+            codec->bases()->observe(head / 2, q.data() + head * shape.d_head, p.n_query, p.q_stride[0], p.scale);
+        }
+        array<float> uploaded(on, q);
+        p.q = uploaded.data;
+        there.observe(worker, p);
+        second.observe(worker, p);
         wait();
     }
 
@@ -162,7 +188,7 @@ inline void test_cache(const device & on, int n_round, int n_step) {
     for (int round = 0; round < n_round; ++round) {
         const gear_side side   = round % 2 ? GEAR_SIDE_V : GEAR_SIDE_K;
         gear_config     config = config_of(4, 4, 64);
-        config.k.rotate = config.v.rotate = whole(0, 1);
+        config.k.rotate = config.v.rotate = round < 3 ? round : whole(0, 2);
         config.v.center                   = 1;
         const int   d                     = round == 1 || round == 2 ? 544 : 32; // 512 + 32
         store_shape shape                 = { 3, side, 2, d, 64 * whole(4, 7) + whole(0, 20), whole(1, 2), 64, whole(0, 70), whole(0, 5), 40 };
@@ -179,6 +205,9 @@ inline void test_cache(const device & on, int n_round, int n_step) {
                     cells.push_back(stream * shape.n_cell + next++ % shape.n_cell);
                 }
                 t.write(cells, step % 3 == 0);
+                if (side == GEAR_SIDE_K) {
+                    t.observe();
+                }
             } else if (kind < 16) { // anywhere, some twice
                 for (int i = whole(1, 30); i > 0; --i) {
                     cells.push_back(whole(0, (int) (shape.n_cell * shape.n_stream) - 1));
@@ -203,6 +232,8 @@ inline void test_cache(const device & on, int n_round, int n_step) {
                 what = "clearing";
                 t.here.clear();
                 t.table->clear(t.worker);
+                t.there.forget();
+                t.second.forget();
             } else if (kind == 20 || kind == 21) {
                 what            = "rows from the host";
                 const int64_t n = whole(1, 40);

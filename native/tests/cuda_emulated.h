@@ -301,6 +301,7 @@ inline const api table = {
     start_unpack,
     plan_attend,
     start_attend,
+    start_observe,
 };
 
 } // namespace gear::cuda::emulated

@@ -113,7 +113,7 @@ inline gear_side_config random_side(int tile, bool is_k, bool with_rank) {
     side.rank             = with_rank ? one_of({ 1, 2, 4 }) : 0;
     side.factor_bits      = one_of({ 4, 8 });
     side.rounds           = one_of({ 1, 2 });
-    side.rotate           = whole(0, 1);
+    side.rotate           = whole(0, 2);
     side.sparsity         = one_of({ 0.0f, 0.0f, 0.02f });
     side.center           = side.sparsity == 0 ? whole(0, 1) : 0;
     side.clip             = one_of({ 1.0f, 0.9f });

@@ -48,8 +48,15 @@ struct packing {
     int            n_head = 2;
     int            T, d, n_row;
 
+    std::vector<uint8_t> basis; // [n_head, d / 2], with `rotate` 2
+
     packing(const device & on, const gear_config & config, gear_side side, int d_head)
-        : on(on), layout(make_layout(config, side, d_head)), T(layout.n_token), d(d_head), n_row(2 * T + 3) {}
+        : on(on), layout(make_layout(config, side, d_head)), T(layout.n_token), d(d_head), n_row(2 * T + 3),
+          basis((size_t) (n_head * basis_bytes(d_head))) {
+        for (uint8_t & exponents : basis) {
+            exponents = (uint8_t) whole(0, 255);
+        }
+    }
 
     std::vector<float> row_floats(const std::vector<uint16_t> & rows, const std::vector<int32_t> & slot, int head) const {
         std::vector<float> x((size_t) T * d, 0.0f);
@@ -74,7 +81,8 @@ struct packing {
         const std::vector<float> x    = row_floats(rows, source, head);
         const kept_rows          keep = { kept.data(), old };
         const bool               any  = std::find(kept.begin(), kept.end(), 1) != kept.end();
-        pack_tile(layout, seed, x.data(), written.data(), aligned(tile), aligned(scratch), any ? &keep : nullptr);
+        pack_tile(layout, seed, x.data(), written.data(), aligned(tile), aligned(scratch), any ? &keep : nullptr,
+                  basis.data() + (size_t) head * basis_bytes(d));
         return { aligned(tile), aligned(tile) + layout.part.bytes };
     }
 
@@ -84,8 +92,9 @@ struct packing {
         array<uint16_t>       pool(on, rows);
         array<uint8_t>        to(on, tiles), scratch(on, (size_t) on.api.pack_scratch_bytes(&layout, n_block));
         array<int32_t>        from(on, source);
+        array<uint8_t>        weights(on, basis);
         array<cuda::pack_job> jobs(on, std::vector<cuda::pack_job>{ { 0, 0 } });
-        cuda::device_side     side = { layout, to.data, pool.data, nullptr, nullptr, n_head, T, 1, n_row, true };
+        cuda::device_side     side = { layout, to.data, pool.data, nullptr, weights.data, n_head, T, 1, n_row, true };
         cuda::pack_arguments  args = { side, seed, jobs.data, from.data, 1, scratch.data };
         on.check_ok(on.api.pack(&args, n_block, on.stream), "pack");
         return to.get();
@@ -145,6 +154,9 @@ struct packing {
         std::vector<int32_t> again(T);
         for (int t = 0; t < T; ++t) {
             again[t] = source[t] >= 0 && whole(0, 3) != 0 ? cuda::slot_packed : t % 5 == 1 ? cuda::slot_absent : t;
+        }
+        for (uint8_t & exponents : basis) { // a tile that keeps rows keeps its basis
+            exponents = (uint8_t) whole(0, 255);
         }
         const std::vector<uint8_t> second = pack(rows, again, first);
         compare(what + ", again", rows, again, second, first);

@@ -1,7 +1,6 @@
 #include "plugin/cuda/device.h"
 
 #include "cache/cuda_side.h"
-#include "codec/basis.h"
 #include "common/error.h"
 #include "common/settings.h"
 #include "cuda/loader.h"
@@ -55,18 +54,6 @@ abi::device * wrapped(abi::device * device) {
     return kv_device::of(device).inner();
 }
 
-// The kernels know no weights of channels yet (rotate 2): what would have them is coded as it is.
-gear_device_params without_weights(gear_device_params params, abi::device * inner) {
-    for (gear_side_config * side : { &params.config.k, &params.config.v }) {
-        if (side->rotate == rotate_weighted) {
-            fprintf(stderr, "gearcpp: rotate 'auto' is for the CPU so far; on '%s' channels are coded as they are (rotate False)\n",
-                    abi::ggml().ggml_backend_dev_name(inner));
-            side->rotate = rotate_none;
-        }
-    }
-    return params;
-}
-
 size_t alignment_of(abi::device * inner) {
     return abi::ggml().ggml_backend_buft_get_alignment(abi::ggml().ggml_backend_dev_buffer_type(inner));
 }
@@ -74,7 +61,7 @@ size_t alignment_of(abi::device * inner) {
 } // namespace
 
 cuda_device::cuda_device(const gear_device_params & params, abi::device * inner, int index)
-    : kv_device(without_weights(params, inner), inner, index, alignment_of(inner)), worker_(table_for(inner), number_of(table_for(inner), inner)) {
+    : kv_device(params, inner, index, alignment_of(inner)), worker_(table_for(inner), number_of(table_for(inner), inner)) {
     // Members of the device's table that a CUDA device has and a CPU has not, forwarded.
     abi::device_i &       iface = device_.iface;
     const abi::device_i & of    = inner->iface;

@@ -64,6 +64,7 @@ void cuda_side::pack_full(int) {
 
 gear_store_stats cuda_side::stats() const {
     gear_store_stats stats = on_device_.stats();
+    describe_errors(on_device_.errors(home_.worker_), stats);
     if (!home_.is_first_with_table(*this)) {
         stats.bytes_tables = 0;
     }

@@ -13,7 +13,7 @@
 
 namespace gear::cuda {
 
-constexpr int api_version = 4; // of this table and of the structures in arguments.h
+constexpr int api_version = 5; // of this table and of the structures in arguments.h
 
 using stream = struct stream_handle *; // cudaStream_t
 using event  = struct event_handle *;  // cudaEvent_t
@@ -68,6 +68,7 @@ struct api {
     int64_t (*plan_attend)(attend_arguments * args, int n_processor);
     int (*attend)(const attend_arguments * args, stream s);
     int (*observe)(const observe_arguments * args, stream s);
+    int (*measure)(const measure_arguments * args, stream s);
 };
 
 using get_api = const api * (*)(int version); // "gearcpp_cuda_api": nullptr for another version

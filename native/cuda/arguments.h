@@ -78,6 +78,22 @@ struct observe_arguments {
     int32_t               d_head;    //
 };
 
+// Sums over the rows of a head that packs coded anew, of what became of them (head_error of store/store.h).
+struct error_sums {
+    double n_row, squares, of, n_score, scores;
+};
+
+// The rows that a pack was given, as they are in the pool, against the tiles that it made of them.
+struct measure_arguments {
+    device_side      side;   //
+    const pack_job * jobs;   // [n_job]
+    const int32_t *  source; // [n_job, n_token] as pack_arguments has it
+    int32_t          n_job;  //
+    const double *   weight; // [n_head, d_head] what a squared error of a channel counts in a score; nullptr: not known, as is a head with one below 0
+    error_sums *     fresh;  // [n_job, n_head] scratch
+    error_sums *     sums;   // [n_head] are added to
+};
+
 struct attend_arguments {
     gear_attention_params params; // pointers are the device's
     device_side           k, v;

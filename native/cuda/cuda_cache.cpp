@@ -3,6 +3,7 @@
 #include "common/error.h"
 #include "common/half.h"
 #include "common/memory.h"
+#include "store/store_parts.h"
 
 #include <algorithm>
 #include <cstring>
@@ -191,6 +192,9 @@ cache_side::cache_side(const api & with, const store_shape & shape, const tile_l
         }
         basis_ = std::make_unique<device_block>(with, (size_t) (shape.n_head * basis_bytes(shape.d_head)));
     }
+    if (has_tiles_) {
+        errors_ = std::make_unique<device_block>(with, (size_t) (shape.n_head * (1 + n_measured)) * sizeof(error_sums));
+    }
 }
 
 device_side cache_side::on_device() const {
@@ -228,7 +232,7 @@ void cache_side::grow(cuda_worker & worker) {
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 
 void cache_side::observe(cuda_worker & worker, const gear_attention_params & params) {
-    if (!is_weighted() || shape_.side != GEAR_SIDE_K || !bases_->is_open(0)) {
+    if (!learns() || shape_.side != GEAR_SIDE_K || !bases_->is_open(0)) {
         return;
     }
     if (!squares_) {
@@ -258,14 +262,16 @@ void cache_side::report_queries(cuda_worker & worker) {
 
 // source [T]: of the first tile to be packed, as pack_arguments has it; rows f16 [n_row, n_embd] in device memory
 void cache_side::teach(cuda_worker & worker, const int32_t * source, const uint16_t * rows, int64_t n_row) {
-    if (!is_weighted() || !bases_->is_open(0)) {
+    if (!learns() || !bases_->is_open(0)) {
         return;
     }
     report_queries(worker);
     const int             d = shape_.d_head;
     std::vector<uint16_t> there((size_t) (n_row * shape_.n_embd()));
-    require_ok(with_, with_.download(there.data(), rows, there.size() * sizeof(uint16_t), worker.work), "reading the first tile");
-    require_ok(with_, with_.wait_stream(worker.work), "reading the first tile");
+    if (is_weighted()) { // else the queries are all that there is to learn from
+        require_ok(with_, with_.download(there.data(), rows, there.size() * sizeof(uint16_t), worker.work), "reading the first tile");
+        require_ok(with_, with_.wait_stream(worker.work), "reading the first tile");
+    }
     std::vector<float>   x((size_t) (shape_.tile * d));
     std::vector<uint8_t> written((size_t) shape_.tile);
     for (int head = 0; head < shape_.n_head; ++head) {
@@ -283,22 +289,82 @@ void cache_side::teach(cuda_worker & worker, const int32_t * source, const uint1
 }
 
 void cache_side::send_bases(cuda_worker & worker) {
-    const size_t         n = (size_t) basis_bytes(shape_.d_head);
+    const size_t         d = (size_t) shape_.d_head, n = (size_t) basis_bytes(shape_.d_head);
     std::vector<uint8_t> all((size_t) shape_.n_head * n);
+    std::vector<double>  weights((size_t) shape_.n_head * d, -1.0);
+    bool                 is_known = false;
     for (int head = 0; head < shape_.n_head; ++head) {
         if (const uint8_t * basis = bases_->basis(head)) {
             std::copy_n(basis, n, all.data() + (size_t) head * n);
         }
+        if (const double * weight = bases_->score_weights(head)) {
+            std::copy_n(weight, d, weights.data() + (size_t) head * d);
+            is_known = true;
+        }
     }
-    require_ok(with_, with_.upload(basis_->data(), all.data(), all.size(), worker.work), "sending the weights of channels");
-    require_ok(with_, with_.wait_stream(worker.work), "sending the weights of channels"); // `all` goes
+    if (is_weighted()) {
+        require_ok(with_, with_.upload(basis_->data(), all.data(), all.size(), worker.work), "sending the weights of channels");
+    }
+    weights_ = is_known ? std::make_unique<device_block>(with_, weights.size() * sizeof(double)) : nullptr;
+    if (is_known) {
+        require_ok(with_, with_.upload(weights_->data(), weights.data(), weights_->size(), worker.work), "sending the weights of errors");
+    }
+    require_ok(with_, with_.wait_stream(worker.work), "sending the weights of channels"); // what was sent goes
 }
 
 void cache_side::forget() {
     if (bases_) {
         bases_->forget();
     }
-    n_query_ = 0;
+    n_query_      = 0;
+    is_measuring_ = false;
+    weights_.reset();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// The error of what is packed, as the store measures it: of the rows that a pack coded anew, while they still are in the pool
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+void cache_side::measure(cuda_worker & worker) {
+    auto * const sums = reinterpret_cast<error_sums *>(errors_->data());
+    if (!is_measuring_) {
+        require_ok(with_, with_.fill(errors_->data(), 0, (size_t) shape_.n_head * sizeof(error_sums), worker.work), "measuring errors");
+        is_measuring_ = true;
+    }
+    const measure_arguments args = { on_device(),
+                                     table_->jobs(),
+                                     table_->source(),
+                                     std::min(table_->n_job(), n_measured),
+                                     weights_ ? reinterpret_cast<const double *>(weights_->data()) : nullptr,
+                                     sums + shape_.n_head,
+                                     sums };
+    require_ok(with_, with_.measure(&args, worker.work), "measuring errors");
+}
+
+std::vector<head_error> cache_side::errors(cuda_worker & worker) const {
+    std::vector<head_error> heads;
+    if (!is_measuring_) {
+        return heads;
+    }
+    std::vector<error_sums> sums((size_t) shape_.n_head);
+    require_ok(with_, with_.download(sums.data(), errors_->data(), sums.size() * sizeof(error_sums), worker.work), "reading errors");
+    require_ok(with_, with_.wait_stream(worker.work), "reading errors");
+    for (const error_sums & of : sums) {
+        heads.push_back({ (int64_t) of.n_row, of.squares, of.of, (int64_t) of.n_score, of.scores });
+    }
+    return heads;
+}
+
+void cache_side::send_errors(cuda_worker & worker, const std::vector<head_error> & heads) {
+    std::vector<error_sums> sums;
+    for (const head_error & of : heads) {
+        sums.push_back({ (double) of.n_row, of.squares, of.of, (double) of.n_score, of.scores });
+    }
+    is_measuring_ = !sums.empty();
+    if (is_measuring_) {
+        require_ok(with_, with_.upload(errors_->data(), sums.data(), sums.size() * sizeof(error_sums), worker.work), "sending errors");
+        require_ok(with_, with_.wait_stream(worker.work), "sending errors");
+    }
 }
 
 void cache_side::pack(cuda_worker & worker) {
@@ -310,6 +376,7 @@ void cache_side::pack(cuda_worker & worker) {
     teach(worker, plan.source.data(), reinterpret_cast<const uint16_t *>(pool_->data()) + plan.jobs[0].stream * n_row_ * shape_.n_embd(), n_row_);
     const pack_arguments args = { on_device(), seed_, table_->jobs(), table_->source(), table_->n_job(), worker.pack_scratch(layout_) };
     require_ok(with_, with_.pack(&args, worker.n_block, worker.work), "packing tiles");
+    measure(worker);
     n_pack_ += table_->n_job();
 }
 
@@ -466,6 +533,7 @@ std::unique_ptr<store> cache_side::to_store(cuda_worker & worker, std::shared_pt
         }
         made->put_clock(stream, planned.clock(stream));
     }
+    made->put_errors(errors(worker));
     return made;
 }
 
@@ -475,7 +543,10 @@ void cache_side::adopt(cuda_worker & worker, const store & from) {
     }
     table_->adopt(worker, from);
     grow(worker);
-    if (is_weighted()) {
+    if (has_tiles_) {
+        send_errors(worker, from.errors());
+    }
+    if (learns()) {
         send_bases(worker); // those of its tiles, which it has told the codec
     }
     const size_t          n_embd = (size_t) shape_.n_embd(), of_tile = (size_t) shape_.n_head * (size_t) layout_.part.bytes;

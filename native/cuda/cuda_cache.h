@@ -83,17 +83,19 @@ class cache_side {
                head_bases * bases = nullptr);
 
     // Pack what the table's last plan says, then take the rows (in device memory).
-    void write(cuda_worker & worker, int64_t n, const void * rows, int64_t stride, bool is_half);
-    void pack(cuda_worker & worker);
-    void copy_stream(cuda_worker & worker, int from, int to); // tiles and rows; the table has planned it
+    void                    write(cuda_worker & worker, int64_t n, const void * rows, int64_t stride, bool is_half);
+    void                    pack(cuda_worker & worker);
+    void                    copy_stream(cuda_worker & worker, int from, int to); // tiles and rows; the table has planned it
     // Note the queries of an attention, until the first tile is packed; K's side only.
-    void observe(cuda_worker & worker, const gear_attention_params & params);
+    void                    observe(cuda_worker & worker, const gear_attention_params & params);
     // What was noted goes to the host, which waits.
-    void report_queries(cuda_worker & worker);
+    void                    report_queries(cuda_worker & worker);
+    // What packing did to each head since the cache was empty, [n_head]; nothing before the first tile. Waits.
+    std::vector<head_error> errors(cuda_worker & worker) const;
     // The cache is empty: what was learned of its rows is forgotten.
-    void forget();
+    void                    forget();
     // Rows as f16 to the host, which waits.
-    void read(cuda_worker & worker, int64_t cell, int64_t n, uint16_t * rows);
+    void                    read(cuda_worker & worker, int64_t cell, int64_t n, uint16_t * rows);
 
     // What happens to one layer alone. Its table must be its own: no other side's (table_of_its_own).
     void table_of_its_own(std::shared_ptr<cache_table> table) { table_ = std::move(table); } // one that agrees with the present one
@@ -119,6 +121,9 @@ class cache_side {
     void      grow(cuda_worker & worker);
     void      teach(cuda_worker & worker, const int32_t * source, const uint16_t * rows, int64_t n_row);
     void      send_bases(cuda_worker & worker);
+    void      measure(cuda_worker & worker);
+    void      send_errors(cuda_worker & worker, const std::vector<head_error> & heads);
+    bool      learns() const { return bases_ && has_tiles_; }
     bool      is_weighted() const { return bases_ && has_tiles_ && layout_.config.rotate == rotate_weighted; }
     void      update_run(cuda_worker & worker, const uint8_t * marked, int64_t first, int64_t n, const pack_job * jobs, const int32_t * source, int n_job,
                          const uint16_t * staging);
@@ -133,7 +138,10 @@ class cache_side {
     std::shared_ptr<cache_table>  table_;
     head_bases *                  bases_;
     std::unique_ptr<device_block> tiles_, pool_;
-    std::unique_ptr<device_block> squares_, basis_; // f64 [n_head, d_head] of the queries, until the first tile is packed; u8 [n_head, d_head / 2]
+    std::unique_ptr<device_block> squares_, basis_;      // f64 [n_head, d_head] of the queries, until the first tile is packed; u8 [n_head, d_head / 2]
+    std::unique_ptr<device_block> weights_;              // f64 [n_head, d_head] of errors in scores, where queries were met
+    std::unique_ptr<device_block> errors_;               // error_sums [n_head], then scratch [n_measured, n_head]
+    bool                          is_measuring_ = false; // errors_ holds sums
     int64_t                       n_row_;
     int64_t                       n_pack_      = 0;
     int64_t                       n_query_     = 0; // of each head that squares_ is the sum of

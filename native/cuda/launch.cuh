@@ -5,6 +5,7 @@
 
 #include "cuda/api.h"
 #include "cuda/decode.cuh"
+#include "cuda/measure.cuh"
 #include "cuda/observe.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/prefill.cuh"
@@ -44,6 +45,15 @@ inline int start_unpack(const unpack_arguments * args, stream s) {
 
 inline int start_observe(const observe_arguments * args, stream s) {
     return args->params.n_query > 0 ? start(observe_kernel, dim3((unsigned) args->n_head_kv), observe_threads, 0, s, *args) : 0;
+}
+
+inline int start_measure(const measure_arguments * args, stream s) {
+    if (args->n_job == 0) {
+        return 0;
+    }
+    const int error = start(measure_kernel, dim3((unsigned) args->n_job, (unsigned) args->side.n_head), measure_threads,
+                            (size_t) measure_shared_floats(args->side.layout) * sizeof(float), s, *args);
+    return error ? error : start(add_errors_kernel, dim3(1), measure_threads, 0, s, *args);
 }
 
 inline bool is_decode(const attend_arguments & args) {

@@ -111,6 +111,7 @@ const api table = {
     plan_attend,
     start_attend,
     start_observe,
+    start_measure,
 };
 
 } // namespace

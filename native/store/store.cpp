@@ -322,6 +322,28 @@ tile_view store::view(int stream, int tile) const {
              home.n_packed };
 }
 
+void store::put_errors(const std::vector<head_error> & heads) {
+    std::copy(heads.begin(), heads.end(), errors_.begin());
+    outlook_ = outlook::cannot_stay_exact;
+}
+
+void describe_errors(const std::vector<head_error> & heads, gear_store_stats & stats) {
+    const auto side = (gear_side) stats.side;
+    head_error sum;
+    stats.worst_head  = -1;
+    stats.worst_error = std::numeric_limits<double>::quiet_NaN();
+    for (size_t head = 0; head < heads.size(); ++head) {
+        const head_error & of = heads[head];
+        sum.add(of);
+        if (of.root(side) > (stats.worst_head < 0 ? -1.0 : stats.worst_error)) {
+            stats.worst_head  = (int32_t) head;
+            stats.worst_error = of.root(side);
+        }
+    }
+    stats.error       = sum.relative();
+    stats.score_error = sum.score();
+}
+
 gear_store_stats store::stats() const {
     gear_store_stats stats = {};
     stats.il               = shape_.il;
@@ -345,19 +367,7 @@ gear_store_stats store::stats() const {
     stats.bytes_tables = table_bytes(shape_, n_row_);
     stats.bytes_f16    = shape_.n_stream * shape_.n_cell * row_bytes(shape_);
     stats.stays_exact  = outlook_ == outlook::stays_exact;
-    head_error sum;
-    stats.worst_head  = -1;
-    stats.worst_error = std::numeric_limits<double>::quiet_NaN();
-    for (size_t head = 0; head < errors_.size(); ++head) {
-        const head_error & of = errors_[head];
-        sum.add(of);
-        if (of.root(shape_.side) > (stats.worst_head < 0 ? -1.0 : stats.worst_error)) {
-            stats.worst_head  = (int32_t) head;
-            stats.worst_error = of.root(shape_.side);
-        }
-    }
-    stats.error            = sum.relative();
-    stats.score_error      = sum.score();
+    describe_errors(errors_, stats);
     stats.bits_per_element = codec_ ? 8.0 * tile_bytes() / ((double) shape_.tile * shape_.d_head) : 16.0;
     return stats;
 }

@@ -155,6 +155,9 @@ struct head_error {
     double root(gear_side side) const { return side == GEAR_SIDE_K ? score() : relative(); }
 };
 
+// error, score_error, worst_error and worst_head of what packing did to the heads of stats.side; none measured: as where nothing is known.
+void describe_errors(const std::vector<head_error> & heads, gear_store_stats & stats);
+
 // A cell of a stream that has an exact row, and when it was written by the stream's clock, which counts the rows written.
 struct exact_cell {
     int64_t cell;
@@ -215,6 +218,10 @@ class store {
     // An exact row as it was, in a cell without one; there must be room.   row f16 [n_embd]
     void                    put_row(int stream, const exact_cell & cell, const uint16_t * row);
     void                    put_clock(int stream, int64_t clock);
+    // Goes on with what another store measured; [n_head], or nothing. That one decides whether the side stays exact: this store only measures.
+    void                    put_errors(const std::vector<head_error> & heads);
+
+    const std::vector<head_error> & errors() const { return errors_; } // [n_head] since the store was empty; nothing if the codec wants none
 
     // For attention.
     tile_view        view(int stream, int tile) const;

@@ -15,7 +15,7 @@ struct twins {
     head_bases                             bases[2]; // of `there` and `second`
     std::shared_ptr<cuda::cache_table>     table;
     cuda::cache_side                       there, second; // another layer of the same table
-    int64_t                                step = 0;
+    int64_t                                step = 0, n_measured_rows = 0, n_measured_scores = 0;
 
     twins(const device & on, const gear_config & config, gear_side side, const store_shape & shape)
         : on(on), worker(on.api, 0), codec(std::make_shared<gear_tile_codec>(config, side, shape.d_head)), shape(shape), here(shape, codec),
@@ -180,11 +180,30 @@ struct twins {
         const gear_store_stats a = here.stats(), b = there.stats();
         CHECK(a.n_exact == b.n_exact && a.n_packed == b.n_packed && a.n_pack == b.n_pack && a.bytes_tiles_used == b.bytes_tiles_used &&
               a.bytes_tiles == b.bytes_tiles);
+        compare_errors(there);
+        compare_errors(second);
+    }
+
+    // What was measured of the rows that were packed, head by head.
+    void compare_errors(const cuda::cache_side & side) {
+        const std::vector<head_error> & wanted = here.errors();
+        const std::vector<head_error>   got    = side.errors(worker);
+        const auto                      alike  = [](double x, double y) { return std::fabs(x - y) <= 1e-5 * std::fabs(y); };
+        if (got.empty()) {
+            CHECK(std::all_of(wanted.begin(), wanted.end(), [](const head_error & of) { return of.n_row == 0; }));
+            return;
+        }
+        CHECK(std::equal(got.begin(), got.end(), wanted.begin(), wanted.end(), [&](const head_error & a, const head_error & b) {
+            return a.n_row == b.n_row && a.n_score == b.n_score && alike(a.squares, b.squares) && alike(a.of, b.of) && alike(a.scores, b.scores);
+        }));
+        n_measured_rows += got[0].n_row;
+        n_measured_scores += got[0].n_score;
     }
 };
 
 inline void test_cache(const device & on, int n_round, int n_step) {
     gear_simd_select("scalar");
+    int64_t n_row = 0, n_score = 0; // measured
     for (int round = 0; round < n_round; ++round) {
         const gear_side side   = round % 2 ? GEAR_SIDE_V : GEAR_SIDE_K;
         gear_config     config = config_of(4, 4, 64);
@@ -260,7 +279,10 @@ inline void test_cache(const device & on, int n_round, int n_step) {
         }
         CHECK(refused);
         t.compare("a refused write");
+        n_row += t.n_measured_rows;
+        n_score += t.n_measured_scores;
     }
+    CHECK(n_round < 3 || (n_row > n_score && n_score > 0));
     gear_simd_select(nullptr);
 }
 

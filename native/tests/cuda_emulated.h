@@ -302,6 +302,7 @@ inline const api table = {
     plan_attend,
     start_attend,
     start_observe,
+    start_measure,
 };
 
 } // namespace gear::cuda::emulated

@@ -219,6 +219,9 @@ def test_gives_what_the_cpu_gives(emulated: Path, bundled_model: Path, tmp_path:
     for name in ("n_written", "n_packed", "n_exact"):
         assert cuda_stats[name] == stats[name]
     assert cuda_stats["n_packed"] > 0
+    for name in ("score_error", "value_error"):
+        assert 0 < stats[name] < 1
+        assert cuda_stats[name] == pytest.approx(stats[name], rel=0.02)
     for name, wanted in cpu.items():
         spread = wanted.std()
         # Products of f16, and the model's activations rounded to 8 bits after them, which makes more of small differences.

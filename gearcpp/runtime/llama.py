@@ -333,11 +333,11 @@ class Llama(llama_cpp.Llama):
             - ``n_written``, ``n_packed``, ``n_exact``: rows, summed over K and V of all layers; ``packed_share``: n_packed / n_written.
             - ``scratch_bytes``: scratch of attention and packing.
             - ``score_error``: what packing did to the scores, root mean square in nats over K of all layers, by the queries that each head met before its
-              first tile was packed; ``value_error``: to V's rows, as a share of their size. None where nothing is known: nothing is packed yet, the
-              cache is of llama.cpp's own types, or on a GPU. Each layer has ``error``, ``score_error``, and ``worst_head`` with ``worst_error``, in K's
-              nats or V's share. docs/accuracy.md says what they mean for the text.
+              first tile was packed; ``value_error``: to V's rows, as a share of their size. None where nothing is known: nothing is packed yet, or the
+              cache is of llama.cpp's own types. Each layer has ``error``, ``score_error``, and ``worst_head`` with ``worst_error``, in K's nats or V's
+              share. docs/accuracy.md says what they mean for the text.
             - ``n_stay_exact``: sides of layers where a head's error went over 2 nats (V: 0.8 of the size), so that their new rows stay f16
-              (``stays_exact`` of each layer).
+              (``stays_exact`` of each layer). On a GPU none does.
             - ``state_bytes``: of the recurrent states of a hybrid, as llama.cpp allocates them.
             - ``growth_share_lost``: the share of what the context adds that stays f16 though it was not asked for.
             - ``codec_bits_per_element``, ``codec_bytes``: only with a codec in Python, whose tiles are kept as f16 and save no memory (``kind`` says so

@@ -26,7 +26,7 @@ namespace gear {
 constexpr int rotate_none = 0, rotate_hadamard = 1, rotate_weighted = 2; // gear_side_config.rotate
 
 // Bytes of the weights of a head of d channels.
-constexpr int basis_bytes(int d) {
+GEAR_HD constexpr int basis_bytes(int d) {
     return d / 2;
 }
 

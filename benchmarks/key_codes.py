@@ -255,8 +255,8 @@ def quantize(y: F32, bits: int, clip: float, group: int, scale_bits: int = 8, n_
 def feedback_matrix(metric: F64, damp: float) -> F32:
     """M [d, d], lower triangular with ones, of metric = M^T P M with P diagonal.
 
-    The error e of a row costs e^T metric e = sum_c p_c (e_c + sum_{j < c} M_cj e_j)^2. So channel c is to be rounded as if it were y_c + sum_{j < c} M_cj e_j
-    with e_j = y_j - D_j: what is left then is its own rounding, times p_c, and the product of all p is the metric's determinant, whatever the order.
+    The error e of a row costs e^T metric e = sum_c p_c (e_c + sum_{j < c} M_cj e_j)^2. So channel c is rounded as if it were y_c + sum_{j < c} M_cj e_j,
+    with e_j = y_j - D_j: what is left is that rounding, times p_c, and the product of all p is the metric's determinant, whatever the order.
     """
     d = len(metric)
     damped = metric + damp * np.trace(metric) / d * np.eye(d)
@@ -320,13 +320,13 @@ def bits_by_block(values: F64, bits: float) -> list[int]:
     power = values.reshape(-1, 16).mean(axis=1)
     given = np.zeros(len(power), int)
     for _ in range(round(bits * len(power))):
-        given[int(np.argmax(np.where(given < 6, power * 4.0 ** -given, -1)))] += 1
+        given[int(np.argmax(np.where(given < 6, power * 4.0**-given, -1)))] += 1
     return [int(n) for n in given]
 
 
 def code_keys(head: Head, code: Code) -> F32:
     """The keys as they come out of the code, [n, d]."""
-    d, whole = head.d, len(head.k) // TILE * TILE
+    whole = len(head.k) // TILE * TILE
     basis, values = basis_of(head, code)
     back = np.linalg.inv(basis)
     y = np.ascontiguousarray((basis @ head.k[:whole].T).astype(np.float32))
@@ -360,7 +360,6 @@ def best_clip(head: Head, code: Code) -> float:
         return float(np.einsum("ti,ij,tj->", lost, head.moments[: 512 // STRETCH].mean(axis=0), lost))
 
     return min((0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), key=error)
-
 
 
 @dataclass(frozen=True)
@@ -470,15 +469,11 @@ QUESTIONS: dict[str, dict[str, KV]] = {
         "the same, shrink 0.7": keys(basis="metric", shrink=0.7),
         "eigenvectors, 2 bits": keys(basis="eigen"),
         "eigenvectors, bits by block": keys(basis="eigen", by_block=True),
-        "the same, shrink 0.7": keys(basis="eigen", by_block=True, shrink=0.7),
+        "bits by block, shrink 0.7": keys(basis="eigen", by_block=True, shrink=0.7),
         "4 directions at 8 bits": keys(basis="eigen", exact=4),
         "H w, feedback": fed(),
     },
-    "groups": {
-        f"{name}, groups of {group}": make(group=group)
-        for name, make in (("nearest", keys), ("feedback", fed))
-        for group in (16, 32, 64)
-    },
+    "groups": {f"{name}, groups of {group}": make(group=group) for name, make in (("nearest", keys), ("feedback", fed)) for group in (16, 32, 64)},
     "sides": {
         "K 2, V 2": both(2, 2),
         "K 3, V 2": both(3, 2),

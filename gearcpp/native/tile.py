@@ -111,13 +111,21 @@ def _aligned(tile: U8, n_bytes: int) -> U8:
     return copy
 
 
-def tile_pack(config: GearConfig, side: Side, x: npt.ArrayLike, written: npt.ArrayLike | None = None, basis: npt.ArrayLike | None = None) -> U8:
+def tile_pack(
+    config: GearConfig,
+    side: Side,
+    x: npt.ArrayLike,
+    written: npt.ArrayLike | None = None,
+    basis: npt.ArrayLike | None = None,
+    query_moment: npt.ArrayLike | None = None,
+) -> U8:
     """Pack the rows of one head.
 
     Args:
         x: [T, d_head], any float type; T is ``config.tile``.
         written: [T], true where the cell has a row; None: everywhere.
         basis: [d_head / 2] from `choose_basis`, with rotate "auto"; None: chosen by x.
+        query_moment: [d_head, d_head], the mean of q q^T over queries of the head: keys are rounded for the error of scores. None: to the nearest code.
 
     Returns:
         The tile's bytes, u8 [``gear_tile_layout.bytes``], 64-byte aligned.
@@ -126,7 +134,13 @@ def tile_pack(config: GearConfig, side: Side, x: npt.ArrayLike, written: npt.Arr
     d_head = rows.shape[1]
     tile = _empty_tile(_layout(config, side, d_head).bytes)
     arguments = (config_to_c(config), side_number(side), d_head, pointer(rows, "float *"), pointer(mask, "uint8_t *"))
-    if basis is None:
+    if query_moment is not None:
+        weights = None if basis is None else _vector(basis, np.uint8, d_head // 2, "basis")
+        moment = np.ascontiguousarray(query_moment, np.float64)
+        if moment.shape != (d_head, d_head):
+            raise from_status(lib.GEAR_ERROR_INVALID, f"query_moment must be [{d_head}, {d_head}], not {list(moment.shape)}")
+        check(lib.gear_tile_pack_for_queries(*arguments, pointer(weights, "uint8_t *"), pointer(moment, "double *"), pointer(tile, "void *")))
+    elif basis is None:
         check(lib.gear_tile_pack(*arguments, pointer(tile, "void *")))
     else:
         weights = _vector(basis, np.uint8, d_head // 2, "basis")

@@ -49,6 +49,30 @@ void lift(int d, double * square) {
     }
 }
 
+// H in f64, run by run (tile.h), in place.   x: d numbers, `stride` apart
+void rotate(int d, int stride, double * x) {
+    for (int first = 0, run = 0; first < d; first += run) {
+        run             = rotation_run(d, first);
+        const int block = run & -run;
+        for (int half = 1; half < block; half *= 2) {
+            for (int i = first; i < first + run; i += 2 * half) {
+                for (int j = i; j < i + half; ++j) {
+                    double &     a = x[(int64_t) j * stride], &b = x[(int64_t) (j + half) * stride];
+                    const double sum = a + b, difference = a - b;
+                    a = sum;
+                    b = difference;
+                }
+            }
+        }
+        for (int i = first; i < first + run; ++i) {
+            x[(int64_t) i * stride] /= std::sqrt((double) block);
+        }
+    }
+}
+
+// The share of E[q q^T] that its diagonal alone has a say in: queries to come are not those met. And what is added to G's diagonal, in shares of its mean.
+constexpr double shrink = 0.3, damp = 0.05;
+
 } // namespace
 
 void load_weights(const uint8_t * basis, int d, float * w) {
@@ -75,6 +99,51 @@ void choose_basis(const tile_layout & layout, const float * x, const uint8_t * w
         const double exponent = middle_exponent + std::nearbyint(ratio[c] - sorted[d / 2]);
         const int    e        = (int) std::min(std::max(exponent, 0.0), (double) highest_exponent);
         basis[c % (d / 2)] |= (uint8_t) (c < d / 2 ? e : e << 4);
+    }
+}
+
+void choose_feedback(const tile_layout & layout, const uint8_t * basis, const double * moment, float * feedback) {
+    const int           d = layout.d_head;
+    std::vector<double> G(moment, moment + (size_t) d * d);
+    float               w[max_d_head];
+    std::fill(w, w + d, 1.0f);
+    if (layout.config.rotate == rotate_weighted) {
+        load_weights(basis, d, w);
+    }
+    for (int i = 0; i < d; ++i) {
+        for (int j = 0; j < d; ++j) {
+            G[(size_t) i * d + j] *= (i == j ? 1 : 1 - shrink) / ((double) w[i] * w[j]);
+        }
+    }
+    for (int i = 0; i < d && layout.config.rotate; ++i) { // H G H
+        rotate(d, 1, &G[(size_t) i * d]);
+    }
+    for (int i = 0; i < d && layout.config.rotate; ++i) {
+        rotate(d, d, &G[i]);
+    }
+    double trace = 0;
+    for (int c = 0; c < d; ++c) {
+        trace += G[(size_t) c * d + c];
+    }
+    for (int c = 0; c < d; ++c) {
+        G[(size_t) c * d + c] += damp * trace / d + 1e-30;
+    }
+    // From the last channel on: its row over its p is M's, and G without what that says is the metric of those before.
+    std::fill(feedback, feedback + (size_t) d * d, 0.0f);
+    for (int c = d - 1; c >= 0; --c) {
+        const double * row = &G[(size_t) c * d];
+        const double   p   = row[c];
+        if (!(p > 0)) { // of no moment of queries: rounded to the nearest
+            continue;
+        }
+        for (int i = 0; i < c; ++i) {
+            for (int j = 0; j <= i; ++j) {
+                G[(size_t) i * d + j] -= row[i] * row[j] / p;
+            }
+        }
+        for (int j = 0; j < c; ++j) {
+            feedback[(size_t) c * d + j] = (float) (row[j] / p);
+        }
     }
 }
 

@@ -14,6 +14,13 @@
 // The same queries say what an error of K does. A score's error is scale q.e with e = x - x^; over the queries met, E (scale q.e)^2 = scale^2 e^T E[q q^T]
 // e, of which rounding, whose signs know nothing of q, keeps the diagonal: sum_c weight_c e_c^2 with weight_c = scale^2 E[q_c^2]. Its root is in nats, the
 // unit of the softmax's exponent.
+//
+// Feedback. With all of E[q q^T] instead of its diagonal, roundings can be chosen that cancel. In the basis that is coded the metric of an error e = y - D
+// is G = B^-T E[q q^T] B^-1, B = H diag(w). Write G = M^T P M, M lower triangular with ones on its diagonal, P diagonal:
+//     e^T G e = sum_c p_c (e_c + sum_{j < c} m_cj e_j)^2
+// Channel c, coded after those before it, is rounded as if it were y_c + sum_{j < c} m_cj e_j: its own rounding is all that is left in the bracket. With
+// steps of one size the cost goes from the mean of G's eigenvalues to at least their geometric mean (the product of the p is det G). The tile's bytes mean
+// what they meant; only the packer knows M. docs/coding-keys.md has what it brings.
 #pragma once
 
 #include "codec/tile.h"
@@ -41,6 +48,10 @@ void load_weights(const uint8_t * basis, int d, float * w);
 
 // The weights for rows such as x f32 [T, d], of which written u8 [T] (nullptr: all) count.   query_square f64 [d]: mean of q_c^2, nullptr: not known
 void choose_basis(const tile_layout & layout, const float * x, const uint8_t * written, const double * query_square, uint8_t * basis);
+
+// M above, f32 [d, d]: entry (c, j) for j < c; the others are 0.
+//   basis: nullptr with rotate 0 and 1; moment f64 [d, d]: mean of q q^T over the queries met, symmetric
+void choose_feedback(const tile_layout & layout, const uint8_t * basis, const double * moment, float * feedback);
 
 // What a store's heads are coded in, what their errors weigh, and what is learned until that is decided. Different heads may be used by different threads
 // at once.

@@ -46,8 +46,14 @@ struct workspace {
     float *     D; // [T, d]
     float *     A; // [r][T]
     float *     B; // [r][d]
+    float *     E; // [d][T]   with feedback: what D loses of X
     group_coder coder;
 };
+
+// Of keys, where nothing but D is coded: L and S come after it, and M is added to by what D loses.
+bool allows_feedback(const tile_layout & layout) {
+    return layout.side == GEAR_SIDE_K && layout.config.rank == 0 && layout.part.n_outlier == 0 && !layout.config.center;
+}
 
 // Lays the workspace out from `scratch` on and returns its bytes. It reckons in numbers: from nullptr, which has no offsets, it only counts.
 size_t lay_out_workspace(const tile_layout & layout, void * scratch, workspace & w) {
@@ -63,6 +69,7 @@ size_t lay_out_workspace(const tile_layout & layout, void * scratch, workspace &
     w.D = r > 0 || layout.config.center ? take(n) : nullptr;
     w.A = take(r * layout.n_token);
     w.B = take(r * layout.d_head);
+    w.E = allows_feedback(layout) ? take(n) : nullptr;
     for (float ** array :
          { &w.coder.lowest, &w.coder.highest, &w.coder.zero, &w.coder.scale, &w.coder.inverse, &w.coder.first, &w.coder.last, &w.coder.held }) {
         *array = take(n_group);
@@ -328,6 +335,51 @@ void quantize(const tile_layout & layout, const pack_kernels & kernels, const fl
     kernels.encode(layout, Y, coder, tile);
 }
 
+// Quant with feedback (basis.h): channel c of all tokens is rounded as if it were x_c + sum_{j < c} m_cj e_j, e_j what D loses of channel j. Its groups
+// get their ranges from that, too. Each token's sums are its own and are taken in the order of the channels, so that vectors over tokens give the same
+// bytes.
+//   X [T, d]: becomes what was rounded   E [d][T]
+void quantize_with_feedback(const tile_layout & layout, const pack_kernels & kernels, const float * feedback, float * X, float * E,
+                            const group_coder & coder, uint8_t * tile) {
+    const int T = layout.n_token, d = layout.d_head;
+    std::fill_n(coder.held, layout.part.n_group, 0.0f);
+    for (int c = 0; c < d; ++c) {
+        float x[max_tile], y[max_tile];
+        for (int t = 0; t < T; ++t) {
+            x[t] = y[t] = X[(int64_t) t * d + c];
+        }
+        for (int j = 0; j < c; ++j) {
+            const float   m = feedback[(int64_t) c * d + j];
+            const float * e = E + (int64_t) j * T;
+            for (int t = 0; t < T; ++t) {
+                y[t] += m * e[t];
+            }
+        }
+        to_half_range(T, y);
+        for (int first = 0; first < T; first += layout.group) {
+            float & low = coder.lowest[first / layout.group * d + c] = infinity;
+            float & high = coder.highest[first / layout.group * d + c] = -infinity;
+            for (int t = first; t < first + layout.group; ++t) {
+                if (!std::isnan(y[t])) {
+                    low  = std::min(low, y[t]);
+                    high = std::max(high, y[t]);
+                }
+            }
+            if (layout.config.clip < 1) {
+                clip_range(layout.config.clip, low, high);
+            }
+        }
+        code_channel_ranges(layout, c, coder, tile);
+        for (int t = 0; t < T; ++t) {
+            const int   g          = group_of(layout, t, c);
+            const float lost       = x[t] - (coder.zero[g] + coder.scale[g] * (float) code_for(coder, g, layout.levels, y[t]));
+            E[(int64_t) c * T + t] = std::isnan(lost) ? 0.0f : lost;
+            X[(int64_t) t * d + c] = y[t];
+        }
+    }
+    kernels.encode(layout, X, coder, tile);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // L = A B^T = PowerIteration_r(R), algorithm 2
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -548,7 +600,7 @@ size_t pack_scratch_bytes(const tile_layout & layout) {
 }
 
 void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const uint8_t * written, uint8_t * tile, void * scratch, const kept_rows * kept,
-               const uint8_t * basis) {
+               const uint8_t * basis, const float * feedback) {
     const pack_kernels & kernels = kernels_in_use();
     workspace            w;
     lay_out_workspace(layout, scratch, w);
@@ -579,7 +631,11 @@ void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const
     if (layout.part.n_outlier > 0) {
         filter_outliers(layout, written, w.X, tile); // S, and X - S
     }
-    quantize(layout, kernels, w.X, layout.config.rank == 0 ? kept : nullptr, w.coder, tile); // D
+    if (feedback && !kept && allows_feedback(layout)) {
+        quantize_with_feedback(layout, kernels, feedback, w.X, w.E, w.coder, tile); // D
+    } else {
+        quantize(layout, kernels, w.X, layout.config.rank == 0 ? kept : nullptr, w.coder, tile); // D
+    }
     if (layout.config.rank > 0) {
         add_low_rank(layout, kernels, seed, w, tile); // L
     }

@@ -100,6 +100,16 @@ void code_ranges(const tile_layout & layout, const group_coder & coder, const ui
     }
 }
 
+void code_channel_ranges(const tile_layout & layout, int c, const group_coder & coder, uint8_t * tile) {
+    if (layout.config.scale_bits == 8) {
+        code_set_8(layout, c, coder, nullptr, tile);
+    } else {
+        for (int group = c; group < layout.part.n_group; group += layout.d_head) {
+            code_range_16(coder, group, layout.levels, tile + layout.part.scale, tile + layout.part.zero);
+        }
+    }
+}
+
 group_range range_at(const tile_layout & layout, const uint8_t * tile, int group) {
     const gear_tile_layout & part = layout.part;
     if (layout.config.scale_bits == 16) {

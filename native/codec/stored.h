@@ -25,6 +25,9 @@ inline void store_half(uint8_t * bytes, int64_t i, uint16_t half) {
 //   old: nullptr, or a tile whose lo and hi are not narrowed
 void code_ranges(const tile_layout & layout, const group_coder & coder, const uint8_t * old, uint8_t * tile);
 
+// The same for the groups of K's channel c.
+void code_channel_ranges(const tile_layout & layout, int c, const group_coder & coder, uint8_t * tile);
+
 // Scale and zero of a group from the tile's bytes.
 group_range range_at(const tile_layout & layout, const uint8_t * tile, int group);
 

@@ -152,6 +152,12 @@ GEAR_API gear_status gear_basis_choose(const gear_config * config, gear_side sid
 GEAR_API gear_status gear_tile_pack_in_basis(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written,
                                              const uint8_t * basis, void * tile);
 
+// As gear_tile_pack, for keys whose queries are known: roundings are chosen for the error of scores (native/codec/basis.h, "Feedback"). The tile is read
+// like any other. GEAR_ERROR_INVALID for V, and for configurations with L, S or M on this side.
+//   basis u8 [d_head / 2]: with rotate = 2, NULL: chosen by the tile alone   query_moment f64 [d_head, d_head]: mean of q q^T
+GEAR_API gear_status gear_tile_pack_for_queries(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written,
+                                                const uint8_t * basis, const double * query_moment, void * tile);
+
 // X^ = M + D + L with S restored exactly.   x f32 [T, d_head]
 GEAR_API gear_status gear_tile_unpack(const gear_config * config, gear_side side, int32_t d_head, const void * tile, float * x);
 

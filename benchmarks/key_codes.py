@@ -21,7 +21,6 @@ import argparse
 import ctypes
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -207,6 +206,7 @@ class Code:
             know them).
         shrink: share of the moment's diagonal in what is taken for it.
         damp: what is added to the metric's diagonal, in shares of its mean.
+        sweeps: of `quantize_with_feedback`.
     """
 
     bits: float = 2
@@ -222,6 +222,10 @@ class Code:
     moment: str = "running"
     shrink: float = 0.3
     damp: float = 0.05
+    sweeps: int = 0
+
+    def grid(self, bits: int, clip: float) -> Grid:
+        return Grid(bits, clip, self.group, self.scale_bits, TILE // self.group)
 
     def bits_per_element(self, d: int) -> float:
         """Everything counted; matrices of a basis, f16, at a context of 8192."""
@@ -235,21 +239,47 @@ def of_bits(bits: float) -> Code:
     return Code(bits, {4: 1.0, 3: 0.95, 2: 0.85}[int(bits)])
 
 
-def quantize(y: F32, bits: int, clip: float, group: int, scale_bits: int = 8, n_set: int = 0) -> F32:
-    """D of y [..., n], whose groups lie along n, n_set of them in a set; 0: those of a tile."""
-    levels = 2**bits - 1
-    groups = y.reshape(*y.shape[:-1], -1, n_set or TILE // group, group)
-    if bits == 0:
-        return np.asarray(np.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(y.shape), np.float32)
-    lowest, highest = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
-    middle, half = (lowest + highest) / 2, (highest - lowest) / 2 * clip
-    low, high = middle - half, middle + half
-    zero, scale = low, np.maximum(high - low, 1e-12) / levels
-    if scale_bits == 8:
-        lo, span = low.min(-2, keepdims=True), np.maximum(high.max(-2, keepdims=True) - low.min(-2, keepdims=True), 1e-12)
+@dataclass(frozen=True)
+class Grid:
+    """What the groups along the last axis are rounded to: zero + scale * (0 ... 2^bits - 1).
+
+    Attributes:
+        bits: of a code.
+        clip: groups are shrunk to this share of their range.
+        group: numbers that share scale and zero.
+        scale_bits: 8, against the extremes of a set, or 16 (taken as exact).
+        n_set: groups of a set.
+    """
+
+    bits: int
+    clip: float
+    group: int
+    scale_bits: int = 8
+    n_set: int = TILE // 32
+
+    def ranges(self, y: F32) -> tuple[F32, F32]:
+        """Zero and scale of y [..., n]: [..., n / (n_set * group), n_set, 1]."""
+        groups = y.reshape(*y.shape[:-1], -1, self.n_set, self.group)
+        if self.bits == 0:
+            return groups.mean(-1, keepdims=True), np.ones_like(groups[..., :1])
+        levels = 2**self.bits - 1
+        lowest, highest = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+        middle, half = (lowest + highest) / 2, (highest - lowest) / 2 * self.clip
+        low, high = middle - half, middle + half
+        if self.scale_bits != 8:
+            return low, np.maximum(high - low, 1e-12) / levels
+        lo = low.min(-2, keepdims=True)
+        span = np.maximum(high.max(-2, keepdims=True) - lo, 1e-12)
         zero = lo + span * np.floor((low - lo) / span * 255 + 1e-4) / 255
-        scale = span * np.clip(np.ceil((high - zero) / span * 255 - 1e-4), 1, 255) / (255 * levels)
-    return np.asarray((zero + scale * np.clip(np.rint((groups - zero) / scale), 0, levels)).reshape(y.shape), np.float32)
+        return zero, span * np.clip(np.ceil((high - zero) / span * 255 - 1e-4), 1, 255) / (255 * levels)
+
+    def rounded(self, y: F32, ranges: tuple[F32, F32]) -> F32:
+        zero, scale = ranges
+        codes = np.clip(np.rint((y.reshape(*y.shape[:-1], -1, self.n_set, self.group) - zero) / scale), 0, 2**self.bits - 1)
+        return np.asarray((zero + scale * codes).reshape(y.shape), np.float32)
+
+    def quantized(self, y: F32) -> F32:
+        return self.rounded(y, self.ranges(y))
 
 
 def feedback_matrix(metric: F64, damp: float) -> F32:
@@ -264,12 +294,20 @@ def feedback_matrix(metric: F64, damp: float) -> F32:
     return np.asarray(root / np.diag(root)[:, None], np.float32)
 
 
-def quantize_with_feedback(y: F32, matrix: F32, round_channel: Callable[[F32], F32]) -> F32:
-    """D of y [d, n], channel by channel."""
-    coded, error = np.empty_like(y), np.zeros_like(y)
+def quantize_with_feedback(y: F32, metric: F64, damp: float, grid: Grid, sweeps: int) -> F32:
+    """D of y [d, n], row by row (`feedback_matrix`). Each sweep then rounds every row again for the errors of all others, in the ranges that it has."""
+    matrix, damped = feedback_matrix(metric, damp), metric + damp * np.trace(metric) / len(metric) * np.eye(len(metric))
+    coded, error, ranges = np.empty_like(y), np.zeros_like(y), []
     for c in range(len(y)):
-        coded[c] = round_channel(y[c] + matrix[c, :c] @ error[:c])
+        wanted = y[c] + matrix[c, :c] @ error[:c]
+        ranges.append(grid.ranges(wanted))
+        coded[c] = grid.rounded(wanted, ranges[c])
         error[c] = y[c] - coded[c]
+    others = np.asarray(damped / np.diag(damped)[:, None] - np.eye(len(y)), np.float32)
+    for _ in range(sweeps):
+        for c in range(len(y)):
+            coded[c] = grid.rounded(y[c] + others[c] @ error, ranges[c])
+            error[c] = y[c] - coded[c]
     return coded
 
 
@@ -331,21 +369,19 @@ def code_keys(head: Head, code: Code) -> F32:
     back = np.linalg.inv(basis)
     y = np.ascontiguousarray((basis @ head.k[:whole].T).astype(np.float32))
     clip = code.clip or best_clip(head, code)
+    grid = code.grid(int(code.bits), clip)
     if code.feedback:
         coded = np.empty_like(y)
         for first in range(0, whole, TILE):
-            tile = y[:, first : first + TILE]
-            matrix = feedback_matrix(back.T @ moment_of(head, code, min(first + TILE + N_TAIL, len(head.k))) @ back, code.damp)
-            coded[:, first : first + TILE] = quantize_with_feedback(
-                tile, matrix, lambda row: quantize(row, int(code.bits), clip, code.group, code.scale_bits)
-            )
+            metric = back.T @ moment_of(head, code, min(first + TILE + N_TAIL, len(head.k))) @ back
+            coded[:, first : first + TILE] = quantize_with_feedback(y[:, first : first + TILE], metric, code.damp, grid, code.sweeps)
     elif code.by_block:
         widths = np.repeat(bits_by_block(values, code.bits), 16)
-        coded = np.concatenate([quantize(row[None], int(width), clip, code.group, code.scale_bits) for row, width in zip(y, widths, strict=True)])
+        coded = np.stack([code.grid(int(width), clip).quantized(row) for row, width in zip(y, widths, strict=True)])
     else:
-        coded = quantize(y, int(code.bits), clip, code.group, code.scale_bits)
+        coded = grid.quantized(y)
     if code.exact:
-        coded[: code.exact] = quantize(y[: code.exact], 8, 1, code.group, code.scale_bits)
+        coded[: code.exact] = code.grid(8, 1).quantized(y[: code.exact])
     keys = head.k.copy()
     keys[:whole] = (back @ coded).T
     return keys
@@ -369,7 +405,7 @@ class ValueCode:
     Attributes:
         feedback: "": values are rounded to the nearest; the error of a token is taken into account when the next ones are rounded, by the second moment of
             the attention weights that queries give to the tokens of a tile. "known": the queries of the 128 tokens behind the tile; "later": those it is
-            judged by.
+            judged by; "near": none, but neighbours are taken to get like weights, half of it e^(-distance / 8).
     """
 
     bits: int = 2
@@ -384,6 +420,9 @@ class ValueCode:
 def attention_moment(head: Head, first: int, which: str) -> F64:
     """Mean of p p^T over queries, p their weights of the tile's tokens: [TILE, TILE]."""
     cells = slice(first, first + TILE)
+    if which == "near":
+        tokens = np.arange(TILE)
+        return 0.5 * np.eye(TILE) + 0.5 * np.exp(-np.abs(tokens[:, None] - tokens[None]) / 8)
     if which == "later":
         use = head.packed[:, first + TILE - 1] & head.seen[:, first]
         p = np.exp(head.log_p[use][:, cells]) if use.any() else np.eye(TILE, dtype=np.float32)
@@ -404,10 +443,10 @@ def code_values(head: Head, code: ValueCode) -> F32:
         y = (head.v[first : first + TILE] @ h).astype(np.float32)
         mean = y.mean(axis=0)
         if code.feedback and first + TILE + N_TAIL <= len(values):
-            matrix = feedback_matrix(attention_moment(head, first, code.feedback), code.damp)
-            coded = quantize_with_feedback(y - mean, matrix, lambda row: quantize(row, code.bits, code.clip, d, 16, 1))
+            metric = attention_moment(head, first, code.feedback)
+            coded = quantize_with_feedback(y - mean, metric, code.damp, Grid(code.bits, code.clip, d, 16, 1), 0)
         else:
-            coded = quantize((y - mean).reshape(-1), code.bits, code.clip, d, 8, TILE).reshape(y.shape)
+            coded = Grid(code.bits, code.clip, d, 8, TILE).quantized((y - mean).reshape(-1)).reshape(y.shape)
         coded += mean + (y - mean - coded).mean(axis=0)
         values[first : first + TILE] = coded @ h
     return values
@@ -463,6 +502,10 @@ QUESTIONS: dict[str, dict[str, KV]] = {
         **{f"feedback, clip {clip}": fed(clip=clip) for clip in (0.75, 0.85, 0.95)},
         "feedback, clip per head": fed(clip=0.0),
     },
+    "sweeps": {
+        f"{bits} bits, clip {clip}, sweeps {sweeps}": fed(bits, clip=clip, sweeps=sweeps)
+        for bits, clip, sweeps in ((2, 0.8, 0), (2, 0.8, 1), (2, 0.8, 2), (2, 0.7, 2), (3, 0.95, 0), (3, 0.95, 2), (3, 0.9, 2))
+    },
     "basis": {
         "H w": keys(),
         "root of the moment, H": keys(basis="metric"),
@@ -485,6 +528,7 @@ QUESTIONS: dict[str, dict[str, KV]] = {
     },
     "values": {
         **{f"nearest, clip {clip}": (None, ValueCode(clip=clip)) for clip in (0.7, 0.8, 0.9)},
+        "feedback, neighbours alike": (None, ValueCode(feedback="near", damp=0.0)),
         "feedback, queries of the next 128 tokens": (None, ValueCode(feedback="known")),
         "feedback, queries of later tokens": (None, ValueCode(feedback="later")),
     },

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gearcpp import PRESETS, GearConfig, native
+from gearcpp import PRESETS, ConfigError, GearConfig, native
 
 KEYS = np.load(Path(__file__).parent / "data" / "real_keys.npz")
 HEADS = sorted({name.rsplit(".", 1)[0] for name in KEYS.files})
@@ -49,6 +49,30 @@ def test_a_rotation_alone_ruins_keys_with_channels_that_stand_out(head: str) -> 
     """What the presets did before: on some heads many times the error. If this fails, the recorded keys no longer hold what they are kept for."""
     ratio = score_error(PRESETS["gear"].replace(rotate_k=True), head) / score_error(PRESETS["gear"], head)
     assert ratio > (10 if head == "qwen2.5-coder-0.5b.l0.h0" else 0.9)
+
+
+@pytest.mark.parametrize("preset", ["gear", "gear3", "gear2"])
+def test_keys_rounded_for_their_queries_change_scores_less(preset: str) -> None:
+    """Half of the recorded queries say how to round, the others judge: 16 are few, a cache knows hundreds."""
+    config, ratios = PRESETS[preset], []
+    for head in HEADS:
+        k, q = KEYS[f"{head}.k"].astype(np.float32), KEYS[f"{head}.q"].astype(np.float64)
+        basis = native.choose_basis(config, "k", k, query_square=KEYS[f"{head}.q2"])
+        known, judging = q[::2], q[1::2]
+        errors = []
+        for moment in (None, known.T @ known / len(known)):
+            tile = native.tile_pack(config, "k", k, basis=basis, query_moment=moment)
+            errors.append(np.square(judging @ (native.tile_unpack(config, "k", k.shape[1], tile) - k).T).mean())
+        ratios.append(errors[1] / errors[0])
+    assert np.exp(np.mean(np.log(ratios))) < 0.8, ratios
+
+
+def test_a_moment_of_another_size_is_refused() -> None:
+    k = np.zeros((256, 64), np.float32)
+    with pytest.raises(ConfigError, match=r"query_moment must be \[64, 64\], not \[64, 32\]"):
+        native.tile_pack(PRESETS["gear2"], "k", k, query_moment=np.zeros((64, 32)))
+    with pytest.raises(ConfigError, match="K only"):
+        native.tile_pack(PRESETS["gear2"], "v", k, query_moment=np.eye(64))
 
 
 @pytest.mark.parametrize("bits", ["", "3", "2"])

@@ -260,7 +260,7 @@ class GearDiskCache(PackedCache):
                 continue
             try:
                 with sessions.open_file(self.folder / name, note_only=True) as session:
-                    note = session.note
+                    note = sessions.note_of(session)
                 self._entries[name] = _Entry(sessions.owner_name(note["owner"]), np.array(note["tokens"], np.intc), n_bytes)
             except GearError:  # damaged, or of another version: it is ignored, and removed when it is the oldest
                 self._entries[name] = None

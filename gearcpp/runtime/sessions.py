@@ -1,24 +1,15 @@
 """Sessions: what a context holds, packed as it is, in a file or in memory.
 
 A session holds packed tiles bit for bit and no f16 copy of them. The native library reads and writes it: native/session/format.h says what is in it, each
-section under a checksum of its own. This module records which model, cache and context it belongs to, and puts it on disk: it writes a temporary file and
-renames it, so that whatever happens the file is the old one or the whole new one.
+section under a checksum of its own (gearcpp/native/session.py). This module records which model, cache and context it belongs to.
 
 `Llama.save_session`, `Llama.load_session`, `Llama.save_state` and `Llama.load_state` are what users call.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
 import hashlib
 import json
-import os
-import struct
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,8 +21,9 @@ from llama_cpp.llama import LlamaState
 from .. import native
 from ..cache.device import GearDevice
 from ..cache.kv_type import KVType
-from ..errors import ClosedError, DataError, GearError
-from ..model_info import ModelInfo
+from ..errors import DataError
+from ..model_info import ModelInfo, file_fingerprint
+from ..native.session import Session, Write, new_session, open_file, open_session, write_whole
 
 # What else than the model decides about keys and values: members of llama_context_params.
 _CONTEXT = (
@@ -48,9 +40,6 @@ _CONTEXT = (
     "n_seq_max",
     "kv_unified",
 )
-
-Write = Callable[[Any], object]  # takes a buffer
-ReadAt = Callable[[int, int], bytes | memoryview]  # (offset, n): n bytes
 
 
 class SessionLlama(Protocol):
@@ -92,7 +81,7 @@ class GearState(LlamaState):
 
     def __init__(self, data: bytes) -> None:
         with open_session(len(data), lambda offset, n: memoryview(data)[offset : offset + n], note_only=True) as session:
-            note = session.note
+            note = note_of(session)
         tokens = np.array(note["tokens"], np.intc)
         super().__init__(
             input_ids=tokens, scores=np.zeros((1, 1), np.single), n_tokens=len(tokens), llama_state=data, llama_state_size=len(data), seed=note["seed"]
@@ -103,18 +92,6 @@ class GearState(LlamaState):
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 # The owner of a session: model, cache and context
 # ---------------------------------------------------------------------------------------------------------------------------------------------
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 over a file's size, its first MiB (metadata) and 64 samples of 64 KiB spread over it: fast for models of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        n_bytes = file.seek(0, os.SEEK_END)
-        digest.update(struct.pack("<Q", n_bytes))
-        for offset, length in [(0, 2**20), *((i * n_bytes // 64, 2**16) for i in range(64))]:
-            file.seek(offset)
-            digest.update(file.read(length))
-    return digest.hexdigest()
 
 
 def owner_of(llm: SessionLlama) -> dict[str, Any]:
@@ -168,86 +145,14 @@ def _check_note(note: Any) -> dict[str, Any]:
     return checked
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------
-# The native session
-# ---------------------------------------------------------------------------------------------------------------------------------------------
-
-
-class Session:
-    """An open session, in a ``with`` statement."""
-
-    def __init__(self, pointer: Any, failures: list[BaseException]) -> None:
-        self.pointer = pointer
-        self._failures = failures
-
-    def check(self, status: int) -> None:
-        """Raise the error of a failed native call. What a Python callback raised comes first."""
-        if self._failures:
-            raise self._failures[0]
-        native.check(status)
-
-    @property
-    def window(self) -> tuple[Any, int]:
-        """Where llama.cpp writes its state to or reads it from, as a ctypes pointer, and its bytes."""
-        n = native.ffi.new("int64_t *")
-        address = int(native.ffi.cast("uintptr_t", native.lib.gear_session_window(self.pointer, n)))
-        return ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), n[0]
-
-    @property
-    def note(self) -> dict[str, Any]:
-        """The session's header; DataError when gearcpp.Llama did not write it."""
-        n = native.ffi.new("int64_t *")
-        data = native.lib.gear_session_note(self.pointer, n)
-        try:
-            return _check_note(json.loads(bytes(native.ffi.buffer(data, n[0])) if n[0] else b""))
-        except ValueError as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError("its header is not one that this gearcpp understands: it was written by something else") from error
-
-
-@contextmanager
-def _session(pointer: Any, failures: list[BaseException]) -> Iterator[Session]:
-    if pointer == native.ffi.NULL:
-        raise failures[0] if failures else native.last_error()
+def note_of(session: Session) -> dict[str, Any]:
+    """The session's header; DataError when gearcpp.Llama did not write it."""
     try:
-        yield Session(pointer, failures)
-    finally:
-        native.lib.gear_session_free(pointer)
-
-
-def _callback(kind: str, function: Callable[..., object], failures: list[BaseException]) -> Any:
-    """A C function that returns 0, or 1 when ``function`` raised; the exception is kept in ``failures``."""
-
-    def keep(_: Any, failure: BaseException, __: Any) -> int:
-        failures.append(failure)
-        return 1
-
-    def call(*arguments: Any) -> int:
-        function(*arguments)
-        return 0
-
-    return native.ffi.callback(kind, call, error=1, onerror=keep)
-
-
-@contextmanager
-def open_session(n_bytes: int, read_at: ReadAt, *, note_only: bool = False) -> Iterator[Session]:
-    """A saved session, all of it checked (``note_only``: only its note).
-
-    Raises:
-        DataError: it is damaged, cut off, foreign, or of another version.
-    """
-    failures: list[BaseException] = []
-
-    def read(_: Any, offset: int, data: Any, n: int) -> None:
-        piece = read_at(offset, n)
-        if len(piece) != n:
-            raise DataError(f"it is cut off: {len(piece)} of {n} bytes could be read from byte {offset} on")
-        native.ffi.buffer(data, n)[:] = piece
-
-    function = _callback("gear_session_read", read, failures)
-    with _session(native.lib.gear_session_open(n_bytes, function, native.ffi.NULL, int(note_only)), failures) as session:
-        yield session
+        return _check_note(json.loads(session.note))
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError("its header is not one that this gearcpp understands: it was written by something else") from error
 
 
 def write_session(llm: SessionLlama, data: Any, write: Write) -> None:
@@ -271,22 +176,14 @@ def write_session(llm: SessionLlama, data: Any, write: Write) -> None:
     }
     header = json.dumps(note).encode()
     scores = np.ascontiguousarray(llm._scores, np.single) if llm._logits_all else np.empty(0, np.single)
-    failures: list[BaseException] = []
-    function = _callback("gear_session_write", lambda _, piece, n: write(native.ffi.buffer(piece, n)), failures)
     size = llama_cpp.llama_state_get_size(llm.ctx)
-    with _session(native.lib.gear_session_new(_device(llm), size), failures) as session:
+    with new_session(_device(llm), size, write) as session:
         window, _ = session.window
         n_bytes = llama_cpp.llama_state_get_data(llm.ctx, window, size)
         llm._raise_failure()
         if n_bytes == 0:
             raise DataError("llama.cpp could not save the state; verbose=True shows its log")
-        ffi = native.ffi
-        extra = ffi.cast("void *", scores.ctypes.data)
-        session.check(
-            native.lib.gear_session_save(
-                session.pointer, n_bytes, ffi.from_buffer(header), len(header), extra, scores.nbytes, llm.n_threads, function, ffi.NULL
-            )
-        )
+        session.save(n_bytes, header, scores, llm.n_threads)
 
 
 def restore_session(llm: SessionLlama, session: Session) -> Any:
@@ -298,11 +195,11 @@ def restore_session(llm: SessionLlama, session: Session) -> Any:
     Raises:
         DataError: the session belongs to another model, cache or context, or does not fit into this one.
     """
-    note = session.note
+    note = note_of(session)
     _check_owner(note, llm)
-    session.check(native.lib.gear_session_attach(session.pointer, _device(llm)))
+    session.attach(_device(llm))
     window, size = session.window
-    n_tokens, n_extra = len(note["tokens"]), int(native.lib.gear_session_extra_bytes(session.pointer))
+    n_tokens, n_extra = len(note["tokens"]), session.n_extra
     takes_scores = llm._logits_all and n_extra > 0
     if takes_scores and n_extra != n_tokens * llm.n_vocab() * 4:
         raise DataError(f"it holds {n_extra} bytes of logits, which is not what {n_tokens} tokens have")
@@ -317,7 +214,7 @@ def restore_session(llm: SessionLlama, session: Session) -> Any:
         if memory and llama_cpp.llama_memory_seq_pos_max(memory, 0) < n_tokens - 1:
             raise DataError(f"its header lists {n_tokens} tokens, but its cache ends before them: it was put together from different sessions")
         extra = native.ffi.cast("void *", scores.ctypes.data) if takes_scores else native.ffi.NULL
-        session.check(native.lib.gear_session_restore(session.pointer, extra, native.ffi.NULL))
+        session.restore(extra)
     except BaseException as error:
         llm.n_tokens = 0
         llm._ctx.kv_cache_clear()
@@ -383,68 +280,4 @@ def read_data(path: Path) -> Any:
         DataError: the file is missing, damaged, foreign or of another version.
     """
     with open_file(path, note_only=True) as session:
-        return session.note.get("data")
-
-
-@contextmanager
-def open_file(path: Path, *, note_only: bool = False) -> Iterator[Session]:
-    """The session of a file. Errors name its path."""
-    try:
-        with path.open("rb") as file:
-            n_bytes = os.fstat(file.fileno()).st_size
-            with open_session(n_bytes, lambda offset, n: os.pread(file.fileno(), n, offset), note_only=note_only) as session:
-                yield session
-    except ClosedError:
-        raise
-    except GearError as error:
-        raise type(error)(f"{path}: {error}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def write_whole(path: Path, write_all: Callable[[Write], object]) -> int:
-    """Write a file under another name beside it, then rename it. What killed processes left behind is removed.
-
-    Returns:
-        Bytes written.
-
-    Raises:
-        GearError: it cannot be written.
-    """
-    try:
-        _remove_leftovers(path)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise GearError(f"cannot save to {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # marks it as being written
-            write_all(file.write)
-            file.flush()
-            os.fsync(file.fileno())
-            n_bytes = file.tell()
-            os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise GearError(f"cannot save to {path}: {error.strerror}") from error
-        raise
-    with contextlib.suppress(OSError):  # so that the new name survives a power failure, where the file system supports it
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    return n_bytes
-
-
-def _remove_leftovers(path: Path) -> None:
-    for temporary in path.parent.glob(f".{_escaped(path.name)}.*.part"):
-        with contextlib.suppress(OSError), temporary.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while somebody writes it
-            temporary.unlink()
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+        return note_of(session).get("data")

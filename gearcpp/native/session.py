@@ -63,6 +63,10 @@ class Session:
         more = ffi.from_buffer(extra)
         self.check(lib.gear_session_save(self.pointer, n_bytes, ffi.from_buffer(note), len(note), more, len(more), n_threads, self._write, ffi.NULL))
 
+    def forget_others(self) -> None:
+        """llama.cpp has written the window: cells that it did not name become as if they had never been written."""
+        self.check(lib.gear_session_forget_others(self.pointer))
+
     @property
     def n_extra(self) -> int:
         """Bytes of the caller's buffer."""

@@ -259,8 +259,8 @@ async def _pass_on(
     async with ask(model.socket, method, target, headers, data) as answer:
         if answer.status >= 400:
             error = errors.translate(answer.status, await answer.read(), f"{method} {target.partition('?')[0]}")
-            if "parse grammar" in str(error) and (place := model.grammar_error()):
-                raise RequestError(error.status, f"{error}: {place}")
+            if reason := await model.reason(str(error)):
+                raise RequestError(error.status, f"{error}: {reason}")
             raise error
         if finish:
             await finish(await joined(answer.chunks()))(scope, _nothing, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -26,6 +27,7 @@ from .settings import ModelSettings
 from .upstream import UpstreamError, ask
 
 _SECONDS_TO_END = 10
+_LOOKS = 50  # into the log
 _CELLS = 256  # llama.cpp makes contexts of whole multiples
 
 
@@ -166,6 +168,13 @@ class Model:
             if " E " in line or line.startswith("parse: error"):
                 self._log.append(line.rpartition(" E ")[2].strip())
 
-    def grammar_error(self) -> str:
-        """What llama.cpp's log says last of a grammar that it could not read; its answer does not."""
-        return next((line.partition("grammar: ")[2] for line in reversed(self._log) if line.startswith("parse: error parsing grammar: ")), "")
+    async def reason(self, of: str) -> str:
+        """What the log says of a grammar that could not be read, or of a slot file; llama.cpp's answer does not. The log may come a moment later."""
+        start = "parse: error parsing grammar: " if "parse grammar" in of else "state: " if "restore slot" in of or "save slot" in of else ""
+        for _ in range(_LOOKS if start else 0):
+            if line := next((line for line in [*self._log][::-1] if line.startswith(start)), None):
+                with contextlib.suppress(ValueError):
+                    self._log.remove(line)  # it was of this request
+                return line.removeprefix(start)
+            await asyncio.sleep(0.01)
+        return ""

@@ -6,6 +6,7 @@ holds. At the end of stdin the process ends, so that none outlives its gate, how
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -13,11 +14,14 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from gearcpp import native
 from gearcpp.cache.kv_type import LLAMA_CACHE_TYPES, normalize_kv_type
 from gearcpp.errors import ConfigError, GearError
+from gearcpp.model_info import file_fingerprint, read_model_info
 
 from . import options
 from .settings import ModelSettings
+from .states import Packed
 
 _LOG_ERRORS, _LOG_INFO = 1, 3  # llama.cpp's levels
 
@@ -30,17 +34,19 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     settings = ModelSettings(**request["model"])
     try:
-        server, stats = _load(settings, request["socket"], request["requests"])
+        server, stats, states = _load(settings, request["socket"], request["requests"])
     except GearError as error:
         out.write(json.dumps({"error": str(error), "kind": type(error).__name__}) + "\n")
         sys.exit(1)
     out.write(json.dumps({"kv": stats()}) + "\n")
     for _ in sys.stdin:
         out.write(json.dumps({"kv": stats()}) + "\n")
+    if states:
+        states.close()
     del server
 
 
-def _load(settings: ModelSettings, socket: str, n_requests: int) -> tuple[Any, Any]:
+def _load(settings: ModelSettings, socket: str, n_requests: int) -> tuple[Any, Any, Any]:
     try:
         import xllamacpp
     except ImportError as error:
@@ -50,18 +56,31 @@ def _load(settings: ModelSettings, socket: str, n_requests: int) -> tuple[Any, A
     params = _params(xllamacpp, settings)
     params.hostnames, params.port = [socket], 0
     params.n_threads_http = n_requests + 8  # each request that waits holds one; the others are for /health, /metrics and the like
-    options.put(params, settings.options)
-    kv = normalize_kv_type(settings.cache)
+    kv, states = normalize_kv_type(settings.cache), None
     if kv.gear:
         gear.use(params, kv)
+        library, n_threads = ctypes.CDLL(xllamacpp.xllamacpp.__file__), settings.n_threads or os.cpu_count() or 1
+        states = Packed(library, native.lib.gear_plugin_device(), _owner(settings), n_threads)
     else:
         params.cache_type_k, params.cache_type_v = (xllamacpp.ggml_type(LLAMA_CACHE_TYPES[name]) for name in (kv.type_k, kv.type_v))
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    options.put(params, settings.options)
+    if params.slot_save_path:
+        params.slot_save_path = os.path.join(params.slot_save_path, "")  # llama.cpp appends the file's name
+    if states:
+        states.limit = max(0, params.cache_ram_mib) << 20
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise GearError(f"llama.cpp cannot serve {settings.model}: {error}") from error
-    return server, gear.kv_stats if kv.gear else lambda: None
+    return server, gear.kv_stats if kv.gear else lambda: None, states
+
+
+def _owner(settings: ModelSettings) -> str:
+    """What decides about keys and values: a slot file is for the same only."""
+    kv = normalize_kv_type(settings.cache)
+    options = {name: str(value) for name, value in sorted(settings.options.items()) if name.startswith(("rope", "yarn", "lora"))}
+    return json.dumps([[file_fingerprint(path) for path in read_model_info(settings.model).files], kv.gear and kv.gear.to_text(), options])
 
 
 def _params(xllamacpp: Any, settings: ModelSettings) -> Any:
@@ -81,7 +100,7 @@ def _params(xllamacpp: Any, settings: ModelSettings) -> Any:
     if settings.chat_template:
         params.chat_template = settings.chat_template
     params.fit_params = False
-    params.cache_ram_mib = 0  # it would hold prompts as f16
+    params.cache_ram_mib = 0  # what returns to another slot is coded again
     params.endpoint_metrics = True
     params.cors_origins = ""
     params.verbosity = _LOG_INFO if settings.verbose else _LOG_ERRORS

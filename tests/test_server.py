@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import http.client
 import json
 import math
+import re
 import socket
 import threading
 import urllib.error
@@ -19,6 +21,7 @@ from typing import Any
 import openai
 import pytest
 from chat_models import write_chat_model
+from prometheus_client.parser import text_string_to_metric_families
 from server_process import PATIENCE, Server, serve
 
 from gearcpp.server import forced
@@ -236,6 +239,37 @@ def test_langchain(server: Server) -> None:
     chat_openai = pytest.importorskip("langchain_openai", reason="LangChain is not installed: pip install langchain-openai").ChatOpenAI
     chat = chat_openai(model="books", base_url=f"{server.url}/v1", api_key="none", temperature=0, max_tokens=8)
     assert "".join(str(chunk.content) for chunk in chat.stream("Hm")) == chat.invoke("Hm").content != ""
+
+
+def test_prometheus_reads_the_metrics(server: Server) -> None:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=PATIENCE) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    names = [family.name for family in families]
+    assert {"gearcpp_kv_bytes", "gearcpp_requests", "llamacpp:tokens_predicted", "process_open_fds"} <= {*names}
+    assert len(names) == len({*names}), "a metric in two places, which Prometheus refuses"
+    samples = [(sample.name, *sorted(sample.labels.items())) for family in families for sample in family.samples]
+    assert len(samples) == len({*samples})
+    labelled = {sample.labels.get("model") for family in families for sample in family.samples if family.name.startswith(("gearcpp_kv", "llamacpp"))}
+    assert labelled == {"books", "books-embeddings"}
+
+
+def test_the_web_page_and_its_files_are_served(server: Server) -> None:
+    """As a browser asks: the page of llama.cpp's server, what it loads, and its requests, which bear this server's own origin."""
+    with urllib.request.urlopen(urllib.request.Request(server.url, headers={"Accept-Encoding": "gzip"}), timeout=PATIENCE) as response:
+        page = response.read()
+        page = gzip.decompress(page) if response.headers.get("content-encoding") == "gzip" else page
+    files = re.findall(r"""(?:src|href)=["'](?:\./|/)([^"':]+\.(?:js|css|svg|ico|webmanifest))["']""", page.decode())
+    assert b"<script" in page
+    for file in files:
+        with urllib.request.urlopen(urllib.request.Request(f"{server.url}/{file}", headers={"Accept-Encoding": "gzip"}), timeout=PATIENCE) as response:
+            assert response.status == 200 and response.read(1), file
+    with urllib.request.urlopen(urllib.request.Request(f"{server.url}/props", headers={"Origin": server.url}), timeout=PATIENCE) as response:
+        assert json.load(response)["total_slots"] == 2
+    for path in ("/", "/props", "/v1/models"):
+        request = urllib.request.Request(f"{server.url}{path}", headers={"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"})
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=PATIENCE)
+        assert caught.value.code == 403, path
 
 
 def test_other_routes_of_llama_server(server: Server) -> None:

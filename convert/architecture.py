@@ -7,7 +7,7 @@ shapes, and which of the three usual reorderings its weights need. Names of tens
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import gguf
@@ -45,7 +45,10 @@ EXPERTS: Mapping[str, Shape] = {
     "ffn_down_exps": ("experts", "model", "expert_ff"),
 }
 
-_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+(?:\.\w+)?)\.(?:weight|bias)")
+# Tensors of a layer whose names do not end in ".weight".
+ENDINGS: Mapping[str, str] = {"ssm_a": "", "ssm_dt": ".bias"}
+
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+(?:\.\w+)??)(?:\.(?:weight|bias))?")
 _MOST_LAYERS = 512  # llama.cpp's limit
 
 
@@ -62,6 +65,7 @@ class Architecture:
     norm_offset: ClassVar[float] = 0.0  # added to norm weights
     transposed: ClassVar[frozenset[str]] = frozenset()  # tensors stored as [in, out]
     ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)  # endings of names that llama.cpp does not need
+    renamed: ClassVar[Mapping[str, str]] = {}  # an ending of a tensor's name -> the one that gguf's map knows
     aliases: ClassVar[Mapping[str, str]] = {}  # the usual name of a config value <- the one this class gives it
     copied_keys: ClassVar[Mapping[str, tuple[str, type]]] = {}  # further GGUF keys (less the architecture) <- config names and their type
     special_tokens: ClassVar[Mapping[str, str]] = {}  # bos, eos, eot ... <- their text, where tokenizer_config.json names none
@@ -142,7 +146,7 @@ class Architecture:
             DataError: a tensor is missing, comes twice, or contradicts config.json in its shape.
         """
         expected = self._expected_shapes()
-        found = self._renamed(with_stacked_experts(text_part(checkpoint, self.ignored), self.sizes().get("experts", 0)))
+        found = self._renamed(self._parted(with_stacked_experts(text_part(checkpoint, self.ignored), self.sizes().get("experts", 0))))
         if self.config["tie_word_embeddings"]:
             found.pop("output.weight", None)
         else:
@@ -151,16 +155,21 @@ class Architecture:
         for name, (stored_name, stored) in found.items():
             tensors[name] = self._reordered(name, stored)
             _check_shape(stored_name, name, tensors[name].shape, expected)
-        if missing := [name for name in expected if name not in found and name.endswith(".weight") and name != "output.weight"]:
+        if missing := [name for name in self._required(expected) if name not in found]:
             raise DataError(f"the checkpoint lacks {len(missing)} tensors of a {self.gguf_name} model of {self.config.n_layers} layers: {_some(missing)}")
         return dict(sorted({**tensors, **self.computed_tensors()}.items(), key=lambda item: _file_order(item[0])))
+
+    def _parted(self, tensors: dict[str, Rows]) -> dict[str, Rows]:
+        """The checkpoint's tensors, those that llama.cpp has in several parts split."""
+        return tensors
 
     def _renamed(self, tensors: Mapping[str, Rows]) -> dict[str, tuple[str, Rows]]:
         """GGUF name -> name in the checkpoint, tensor."""
         names = gguf.get_tensor_name_map(self.model_arch, self.config.n_layers)
         found: dict[str, tuple[str, Rows]] = {}
         for stored_name, stored in tensors.items():
-            name = names.get_name(stored_name, try_suffixes=(".weight", ".bias"))
+            known = next((stored_name.removesuffix(old) + new for old, new in self.renamed.items() if stored_name.endswith(old)), stored_name)
+            name = names.get_name(known, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise UnsupportedError(f"the checkpoint has {stored_name}, which a {self.gguf_name} model of {self.config.n_layers} layers does not have")
             if name in found:
@@ -180,14 +189,19 @@ class Architecture:
         return rows
 
     def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that may be there; weights other than the output matrix must."""
+        """Every tensor that may be there."""
         sizes = self.sizes()
         shapes: dict[str, Shape] = {**self.outside, "output": ("vocab", "model")}
         for index in range(self.config.n_layers):
             shapes |= {f"blk.{index}.{kind}": shape for kind, shape in self.layer_tensors(index).items()}
-        weights = {f"{name}.weight": tuple(sizes[size] for size in shape) for name, shape in shapes.items()}
         biases = {f"{name}.bias": (sizes[shape[0]],) for name, shape in shapes.items() if len(shape) <= 2}
-        return weights | biases
+        weights = {name + ENDINGS.get(name.rpartition(".")[2], ".weight"): tuple(sizes[size] for size in shape) for name, shape in shapes.items()}
+        return biases | weights
+
+    def _required(self, expected: Iterable[str]) -> list[str]:
+        """Those of the expected tensors that must be there: all but the biases and the output matrix."""
+        biases = tuple(f".{kind}.bias" for kind, ending in ENDINGS.items() if ending == ".bias")
+        return [name for name in expected if name != "output.weight" and (not name.endswith(".bias") or name.endswith(biases))]
 
 
 def _require_output(found: Mapping[str, object]) -> None:

@@ -40,7 +40,14 @@ OUTTYPES: Mapping[str, tuple[Type, FileType]] = {
     "q8_0": (Type.Q8_0, FileType.MOSTLY_Q8_0),
 }
 # llama.cpp computes with these in float32, whatever the rest of the model has.
-_ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "shortconv.conv.weight")
+_ALWAYS_F32 = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "position_embd.weight",
+    "shortconv.conv.weight",
+    "ssm_conv1d.weight",
+)
 
 
 @dataclass(frozen=True)

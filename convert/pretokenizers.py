@@ -30,6 +30,11 @@ def _cased_words(contraction: str, digits: str) -> str:
     return rf"{before}{upper}*{lower}+{contraction}|{before}{upper}+{lower}*{contraction}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_LINE_ENDS}"
 
 
+def _marked_words(digits: str) -> str:
+    """The same with combining marks as parts of words (Qwen 3.5)."""
+    return rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|{digits}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINE_ENDS}"
+
+
 _CL100K = _words(r"\p{N}{1,3}")
 
 # rules in order -> (name for merges always, name for whole words first)
@@ -38,6 +43,7 @@ _NAMES: dict[tuple[str, ...], tuple[str | None, str | None]] = {
     (_GPT2_GROUPED,): ("gpt-2", None),
     (_ONE_DIGIT, _GPT2): ("smollm", None),
     (_words(_ONE_DIGIT),): ("qwen2", None),
+    (_marked_words(_ONE_DIGIT),): ("qwen35", None),
     (_CL100K,): ("dbrx", "llama-bpe"),
     (_cased_words(f"{_CONTRACTION}?", r"\p{N}{1,3}"),): ("gpt-4o", None),
     (_cased_words("", _ONE_DIGIT),): (None, "tekken"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,46 @@ class Shifted(Rows):
 
     def read(self, start: int, stop: int) -> Block:
         return self._source.read(start, stop) + self._offset
+
+
+class Mapped(Rows):
+    """A tensor with a function of each number in its place."""
+
+    def __init__(self, source: Rows, function: Callable[[Block], Block]) -> None:
+        self._source = source
+        self._function = function
+        self.shape = source.shape
+
+    def read(self, start: int, stop: int) -> Block:
+        return self._function(self._source.read(start, stop))
+
+
+class Selected(Rows):
+    """Some rows of a matrix in an order of their own, or some numbers of a vector: channels of heads that llama.cpp sorts in another way."""
+
+    def __init__(self, source: Rows, indices: npt.ArrayLike) -> None:
+        self._source = source
+        self._indices = np.asarray(indices, dtype=np.int64)
+        self.shape = (len(self._indices), *source.shape[1:])
+
+    def read(self, start: int, stop: int) -> Block:
+        if len(self.shape) == 1:
+            return self._source.read(start, stop)[:, self._indices]
+        rows = self._indices[start:stop]
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)  # of rows that follow each other
+        return np.concatenate([self._source.read(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)])
+
+
+class SelectedColumns(Rows):
+    """The columns of a matrix in another order."""
+
+    def __init__(self, source: Rows, indices: npt.ArrayLike) -> None:
+        self._source = source
+        self._indices = np.asarray(indices, dtype=np.int64)
+        self.shape = (*source.shape[:-1], len(self._indices))
+
+    def read(self, start: int, stop: int) -> Block:
+        return self._source.read(start, stop)[:, self._indices]
 
 
 class Transposed(Rows):

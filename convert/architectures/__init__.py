@@ -20,6 +20,7 @@ from .llama import Llama, Mistral, Mistral3, Mixtral
 from .olmo import Olmo2, Olmo3
 from .phi import Phi3
 from .qwen import Qwen2, Qwen3, Qwen3Moe
+from .qwen_hybrid import Qwen3Next, Qwen35, Qwen35Moe
 from .smollm import SmolLM3
 
 ARCHITECTURES: tuple[type[Architecture], ...] = (
@@ -31,6 +32,9 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Qwen2,
     Qwen3,
     Qwen3Moe,
+    Qwen3Next,
+    Qwen35,
+    Qwen35Moe,
     Gemma2,
     Gemma3,
     Phi3,

@@ -1,6 +1,6 @@
 """Runs llama.cpp's own converter, which refuses tokenizers that it has not seen: it is told the pre-tokenizer that ours found.
 
-usage: reference_converter.py LLAMA_CPP_SOURCE PRE FOLDER OUTPUT OUTTYPE
+usage: reference_converter.py LLAMA_CPP_SOURCE PRE FOLDER OUTPUT OUTTYPE [OPTION ...]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> None:
-    source, pre, folder, output, outtype = sys.argv[1:]
+    source, pre, folder, output, outtype, *options = sys.argv[1:]
     sys.path[:0] = [source, f"{source}/gguf-py"]  # its own gguf, which is newer than the published one
     from conversion import base
 
@@ -18,7 +18,7 @@ def main() -> None:
         if isinstance(value, type) and "get_vocab_base_pre" in vars(value):
             value.get_vocab_base_pre = lambda self, tokenizer: pre  # type: ignore[attr-defined]
     script = f"{source}/convert_hf_to_gguf.py"
-    sys.argv = [script, folder, "--outfile", output, "--outtype", outtype]
+    sys.argv = [script, folder, "--outfile", output, "--outtype", outtype, *options]
     runpy.run_path(script, run_name="__main__")
 
 

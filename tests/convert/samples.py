@@ -66,6 +66,7 @@ class Sample:
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35_WORDS = QWEN2_WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+X|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*X"
 _AFTER_CASED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -215,6 +216,16 @@ _MINISTRAL = {
 }
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "sliding_window": 8, "bos_token_id": 1, "eos_token_id": 2}
 _EXPERTS = {"num_experts_per_tok": 2}
+_DELTA_NET = {
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,  # equal to that of values, as in every published model: llama.cpp has one size for both
+    "linear_value_head_dim": 32,
+}
+_SHARED_EXPERT = {"num_experts": 4, **_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 
 SAMPLES: dict[str, Sample] = {
     "llama-2": Sample("LlamaConfig", sentencepiece(), {"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 4}),
@@ -233,6 +244,9 @@ SAMPLES: dict[str, Sample] = {
         byte_level(QWEN2_WORDS),
         {"head_dim": 16, "num_experts": 4, **_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True},
     ),
+    "qwen-3-next": Sample("Qwen3NextConfig", byte_level(QWEN2_WORDS), {**_DELTA_NET, **_SHARED_EXPERT}),
+    "qwen-3.5": Sample("Qwen3_5TextConfig", byte_level(QWEN35_WORDS, nfc=True), {**_DELTA_NET, "tie_word_embeddings": True}),
+    "qwen-3.5-moe": Sample("Qwen3_5MoeTextConfig", byte_level(QWEN35_WORDS, nfc=True), {**_DELTA_NET, **_SHARED_EXPERT}),
     "gemma-2": Sample("Gemma2Config", sentencepiece(prefix=False), _GEMMA),
     "gemma-3": Sample("Gemma3TextConfig", sentencepiece(prefix=False), {**_GEMMA, "num_hidden_layers": 7}),
     "phi-3": Sample("Phi3Config", sentencepiece(), {"num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2}),

@@ -1,7 +1,7 @@
 """Qwen3-Next and Qwen 3.5: three of four layers are a gated delta net (linear attention), the fourth attends and gates what it attends to."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import gguf
 import numpy as np
@@ -244,5 +244,9 @@ class Qwen35Moe(_MixtureOfExperts, Qwen35):
         "num_experts_per_tok": 8,
     }
 
+    def __init__(self, config_json: Mapping[str, Any]) -> None:
+        super().__init__(config_json)
+        self._names_dense_size = "intermediate_size" in config_json
+
     def metadata(self) -> Metadata:
-        return {key: value for key, value in super().metadata().items() if key != "feed_forward_length"}
+        return {key: value for key, value in super().metadata().items() if key != "feed_forward_length" or self._names_dense_size}

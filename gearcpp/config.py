@@ -35,6 +35,7 @@ class GearConfig:
         center_k, center_v: take each channel's mean over the tile out before coding and keep it as f16 (M; ours, not the paper's). Not together with S.
         sparsity: s of S, the share of each vector (K: channel, V: token) kept exactly, half of it at the top and half at the bottom; 0 leaves S out.
         clip_k, clip_v: shrink each group's range about its middle to this share before coding; 1 does not clip.
+        feedback_k: round K for the error of scores rather than of keys, as the queries met say (native/codec/basis.h). Not together with L, S or M of K.
         tile: T, cells of a tile: 64, 128 or 256.
         n_tail: the last rows written that stay exact (f16), at least.
         n_sink: the first cells of each stream that stay exact.
@@ -59,6 +60,7 @@ class GearConfig:
     sparsity: float = 0.0
     clip_k: float = 1.0
     clip_v: float = 1.0
+    feedback_k: bool = False
     tile: int = 256
     n_tail: int = 128
     n_sink: int = 4
@@ -206,12 +208,14 @@ def check_config(config: GearConfig) -> None:
     for name in ("rotate_k", "rotate_v"):
         if getattr(config, name) not in (False, True, "auto"):
             raise ConfigError(f"{name} must be True, False or 'auto', not {getattr(config, name)!r}")
-    for name in ("center_k", "center_v"):
+    for name in ("center_k", "center_v", "feedback_k"):
         if getattr(config, name) not in (False, True):
             raise ConfigError(f"{name} must be True or False, not {getattr(config, name)!r}")
     for name in ("center_k", "center_v"):
         if getattr(config, name) and config.sparsity:
             raise ConfigError(f"{name} must be False where there are outliers (sparsity={config.sparsity}): exact values and a mean do not go together")
+    if config.feedback_k and (config.rank_k or config.sparsity or config.center_k):
+        raise ConfigError("feedback_k is for keys without a low rank, outliers and a mean: it must be False with rank_k, sparsity or center_k")
     for il, changes in config.layers:
         try:
             check_config(replace(config, layers=(), **dict(changes)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models import Shape
 
-from gearcpp import PRESETS, ConfigError, UnsupportedError, native
+from gearcpp import PRESETS, ConfigError, UnsupportedError, model_params, native
 from gearcpp.cache.device import GearDevice
 from gearcpp.cache.placement import Placement, choose_placement
 from gearcpp.model_info import read_model_info
@@ -78,6 +78,12 @@ def test_layers_left_on_the_cpu_are_the_first_ones_and_exactly_as_many(n_layer: 
 def test_what_cannot_be_is_refused_with_a_reason(given: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         choose_placement(given, 32)
+
+
+def test_feedback_is_on_the_cpu(random_model: Callable[..., Path]) -> None:
+    for kv_type in ("gear(feedback_k=True)", "gear(-1.feedback_k=True)"):
+        with pytest.raises(UnsupportedError, match="feedback_k"):
+            model_params(random_model(), kv_type)
 
 
 def test_latent_attention_is_on_the_cpu(random_model: Callable[..., Path]) -> None:

@@ -35,6 +35,7 @@ def config_to_c(config: GearConfig) -> Any:
             "rotate": rotation_number(getattr(config, f"rotate_{side}")),
             "center": int(getattr(config, f"center_{side}")),
             "clip": getattr(config, f"clip_{side}"),
+            "feedback": int(config.feedback_k and side == "k"),
             **shared,
         }
         for side in ("k", "v")

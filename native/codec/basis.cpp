@@ -91,11 +91,11 @@ void choose_basis(const tile_layout & layout, const float * x, const uint8_t * w
     }
     lift(d, q2);
     for (int c = 0; c < d; ++c) {
-        sorted[c] = ratio[c] = 0.5 * std::log2(q2[c] / s2[c]);
+        sorted[c] = ratio[c] = layout.config.feedback ? -0.7 * std::log2(s2[c]) : 0.5 * std::log2(q2[c] / s2[c]);
     }
     std::sort(sorted, sorted + d);
     std::fill(basis, basis + basis_bytes(d), 0);
-    for (int c = 0; c < d; ++c) { // w = sqrt(q / s), about the median
+    for (int c = 0; c < d; ++c) { // w = sqrt(q / s), with feedback s^-0.7, about the median
         const double exponent = middle_exponent + std::nearbyint(ratio[c] - sorted[d / 2]);
         const int    e        = (int) std::min(std::max(exponent, 0.0), (double) highest_exponent);
         basis[c % (d / 2)] |= (uint8_t) (c < d / 2 ? e : e << 4);
@@ -148,14 +148,22 @@ void choose_feedback(const tile_layout & layout, const uint8_t * basis, const do
 }
 
 void head_bases::reserve(int n_head) {
+    const size_t d = layout_.d_head;
     while ((int) heads_.size() < n_head) {
         head_state head;
-        head.square.resize(layout_.d_head);
+        head.square.resize(d);
+        if (layout_.config.feedback) {
+            head.moment.resize(d * d);
+            head.feedback.resize(d * d);
+        }
         heads_.push_back(std::move(head));
     }
 }
 
 void head_bases::observe(int head, const float * q, int64_t n, int64_t stride, float scale) {
+    if (layout_.config.feedback && head < (int) heads_.size()) {
+        add_to_moment(heads_[head], q, n, stride);
+    }
     if (!is_open(head)) {
         return;
     }
@@ -180,6 +188,58 @@ void head_bases::add_observed(int head, const double * square, int64_t n, float 
     std::transform(square, square + layout_.d_head, state.square.begin(), state.square.begin(), std::plus<double>());
     state.n += n;
     state.scale = scale;
+}
+
+// One in four will do, since queries of neighbouring tokens are alike and each costs d^2 / 2: which, is scattered, so that no query head is left out.
+void head_bases::add_to_moment(head_state & state, const float * q, int64_t n, int64_t stride) {
+    for (int64_t i = 0; i < n; ++i) {
+        if ((uint32_t) state.n_met++ * 2654435761u >> 30 != 0) {
+            continue;
+        }
+        const float * row = reinterpret_cast<const float *>(reinterpret_cast<uintptr_t>(q) + i * stride);
+        double        sum = 0;
+        for (int c = 0; c < layout_.d_head; ++c) {
+            sum += (double) row[c] * row[c];
+        }
+        if (!std::isfinite(sum)) {
+            continue;
+        }
+        for (int c = 0; c < layout_.d_head; ++c) {
+            double * to = &state.moment[(size_t) c * layout_.d_head];
+            for (int j = 0; j <= c; ++j) {
+                to[j] += (double) row[c] * row[j];
+            }
+        }
+        ++state.n_moment;
+    }
+}
+
+size_t head_bases::feedback_bytes() const {
+    size_t bytes = 0;
+    for (const head_state & head : heads_) {
+        bytes += head.moment.size() * sizeof(double) + head.feedback.size() * sizeof(float);
+    }
+    return bytes;
+}
+
+bool head_bases::wants_feedback(int head) const {
+    return layout_.config.feedback && head < (int) heads_.size() && heads_[head].n_moment > 0 && 2 * heads_[head].n_moment >= 3 * heads_[head].n_fed;
+}
+
+void head_bases::renew_feedback(int head) {
+    head_state & state = heads_[head];
+    const size_t d     = layout_.d_head;
+    if (layout_.config.rotate == rotate_weighted && state.basis.empty()) {
+        return;
+    }
+    std::vector<double> mean(d * d);
+    for (size_t c = 0; c < d; ++c) {
+        for (size_t j = 0; j <= c; ++j) {
+            mean[c * d + j] = mean[j * d + c] = state.moment[c * d + j] / (double) state.n_moment;
+        }
+    }
+    choose_feedback(layout_, state.basis.empty() ? nullptr : state.basis.data(), mean.data(), state.feedback.data());
+    state.n_fed = state.n_moment;
 }
 
 void head_bases::decide(int head, const float * x, const uint8_t * written) {

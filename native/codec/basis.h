@@ -21,6 +21,8 @@
 // Channel c, coded after those before it, is rounded as if it were y_c + sum_{j < c} m_cj e_j: its own rounding is all that is left in the bracket. With
 // steps of one size the cost goes from the mean of G's eigenvalues to at least their geometric mean (the product of the p is det G). The tile's bytes mean
 // what they meant; only the packer knows M. docs/coding-keys.md has what it brings.
+// M takes care of the queries' directions, so the weights need not: the step goes as the mean of w^2 s^2, det G as 1 / prod w^2, and the cost is least
+// where w = 1 / s. As s is that of one tile, w = s^-0.7 is taken, which measured better.
 #pragma once
 
 #include "codec/tile.h"
@@ -62,15 +64,23 @@ class head_bases {
     void reserve(int n_head); // before threads share it: observe() does not allocate
     bool is_open(int head) const { return head >= (int) heads_.size() || !heads_[head].is_decided; }
 
-    // Queries that head `head` meets: q f32 [n, d], rows `stride` bytes apart, and what their scores are multiplied by. Nothing, once all is decided.
-    void observe(int head, const float * q, int64_t n, int64_t stride, float scale);
-    // The same where a GPU has summed up n of them: square f64 [d] sum of q_c^2
-    void add_observed(int head, const double * square, int64_t n, float scale);
+    // Queries that head `head` meets: q f32 [n, d], rows `stride` bytes apart, and what their scores are multiplied by. Nothing, once all is decided; with
+    // feedback some of them are noted as long as the store lives.
+    void          observe(int head, const float * q, int64_t n, int64_t stride, float scale);
+    // The same where a GPU has summed up n of them, without what feedback needs: square f64 [d] sum of q_c^2
+    void          add_observed(int head, const double * square, int64_t n, float scale);
     // Decide by the first tile to be packed. Nothing, once all is decided; a basis that was adopted stays.
-    void decide(int head, const float * x, const uint8_t * written);
+    void          decide(int head, const float * x, const uint8_t * written);
     // Take over the basis of a packed tile that comes from elsewhere, if none is decided.
-    void adopt(int head, const uint8_t * tile);
-    void forget() { heads_.clear(); }
+    void          adopt(int head, const uint8_t * tile);
+    // Feedback: keys and queries to come are unlike the first, so M is made anew when half as many queries again were met.
+    bool          wants_feedback(int head) const;
+    void          renew_feedback(int head);
+    // M of choose_feedback; nullptr: none yet
+    const float * feedback(int head) const { return head >= (int) heads_.size() || heads_[head].n_fed == 0 ? nullptr : heads_[head].feedback.data(); }
+    void          forget() { heads_.clear(); }
+    // Of moments and M of all heads; what else is learned is small.
+    size_t        feedback_bytes() const;
 
     const uint8_t * basis(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty() ? nullptr : heads_[head].basis.data(); }
     // f64 [d] weight_c above; nullptr: no query was met
@@ -84,7 +94,15 @@ class head_bases {
         bool                 is_decided = false;
         std::vector<uint8_t> basis;  // [d / 2], empty: none (rotate 0 and 1), or open
         std::vector<double>  weight; // [d], empty: not known
+        // With feedback:
+        std::vector<double>  moment;       // [d, d] sum of q q^T, lower triangle
+        std::vector<float>   feedback;     // [d, d]
+        int64_t              n_met    = 0; // queries that went by,
+        int64_t              n_moment = 0; // those in the moment,
+        int64_t              n_fed    = 0; // and those that M was made of
     };
+    void add_to_moment(head_state & state, const float * q, int64_t n, int64_t stride);
+
     tile_layout             layout_;
     std::vector<head_state> heads_;
 };

@@ -50,11 +50,6 @@ struct workspace {
     group_coder coder;
 };
 
-// Of keys, where nothing but D is coded: L and S come after it, and M is added to by what D loses.
-bool allows_feedback(const tile_layout & layout) {
-    return layout.side == GEAR_SIDE_K && layout.config.rank == 0 && layout.part.n_outlier == 0 && !layout.config.center;
-}
-
 // Lays the workspace out from `scratch` on and returns its bytes. It reckons in numbers: from nullptr, which has no offsets, it only counts.
 size_t lay_out_workspace(const tile_layout & layout, void * scratch, workspace & w) {
     const size_t n = (size_t) layout.n_token * layout.d_head, n_group = layout.part.n_group, r = layout.config.rank;
@@ -69,7 +64,7 @@ size_t lay_out_workspace(const tile_layout & layout, void * scratch, workspace &
     w.D = r > 0 || layout.config.center ? take(n) : nullptr;
     w.A = take(r * layout.n_token);
     w.B = take(r * layout.d_head);
-    w.E = allows_feedback(layout) ? take(n) : nullptr;
+    w.E = layout.config.feedback ? take(n) : nullptr;
     for (float ** array :
          { &w.coder.lowest, &w.coder.highest, &w.coder.zero, &w.coder.scale, &w.coder.inverse, &w.coder.first, &w.coder.last, &w.coder.held }) {
         *array = take(n_group);
@@ -631,7 +626,7 @@ void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const
     if (layout.part.n_outlier > 0) {
         filter_outliers(layout, written, w.X, tile); // S, and X - S
     }
-    if (feedback && !kept && allows_feedback(layout)) {
+    if (feedback && !kept) {
         quantize_with_feedback(layout, kernels, feedback, w.X, w.E, w.coder, tile); // D
     } else {
         quantize(layout, kernels, w.X, layout.config.rank == 0 ? kept : nullptr, w.coder, tile); // D

@@ -28,7 +28,7 @@ struct kept_rows {
 // x f32 [T, d]; written u8 [T] or nullptr; tile [layout.part.bytes]; scratch 64-byte aligned. All kernel levels give the same bytes.
 // With r = 0 and s = 0, kept rows change only where new ones widen the range of their group.
 // basis u8 [d / 2], with rotate 2: nullptr chooses it by x. A tile that keeps rows keeps its basis.
-// feedback f32 [d, d], of choose_feedback for this basis: keys are rounded by it, but not beside kept rows, L, S or M.
+// feedback f32 [d, d], of choose_feedback for this basis: keys are rounded by it, but not beside kept rows. Only where the configuration has feedback.
 void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const uint8_t * written, uint8_t * tile, void * scratch,
                const kept_rows * kept = nullptr, const uint8_t * basis = nullptr, const float * feedback = nullptr);
 

@@ -149,21 +149,23 @@ extern "C" gear_status gear_tile_pack_in_basis(const gear_config * config, gear_
 extern "C" gear_status gear_tile_pack_for_queries(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written,
                                                   const uint8_t * basis, const double * query_moment, void * tile) {
     return guarded([&] {
-        const tile_layout layout = layout_of(config, side, d_head);
+        need(config, "config");
+        if (side != GEAR_SIDE_K) {
+            fail(GEAR_ERROR_INVALID, "queries have a say in the rounding of K only");
+        }
+        gear_config with_feedback = *config;
+        with_feedback.k.feedback  = 1;
+        const tile_layout layout  = make_layout(with_feedback, side, d_head);
         need(x, "x");
         need(query_moment, "query_moment");
         need_tile(tile);
-        const gear_side_config & c = layout.config;
-        if (layout.side != GEAR_SIDE_K || c.rank > 0 || c.sparsity > 0 || c.center) {
-            fail(GEAR_ERROR_INVALID, "queries have a say in the rounding of K only, and only without L, S and M (rank, sparsity and center 0)");
-        }
         for (int64_t i = 0; i < (int64_t) d_head * d_head; ++i) {
             if (!std::isfinite(query_moment[i])) {
                 fail(GEAR_ERROR_INVALID, "query_moment must be finite; entry %lld is %g", (long long) i, query_moment[i]);
             }
         }
         uint8_t chosen[basis_bytes(max_d_head)];
-        if (c.rotate == rotate_weighted && !basis) {
+        if (layout.config.rotate == rotate_weighted && !basis) {
             choose_basis(layout, x, written, nullptr, chosen);
             basis = chosen;
         }

@@ -39,6 +39,7 @@ void set_field(gear_config & c, const std::string & name, const std::string & va
         { "center_v", &c.v.center, nullptr },
         { "clip_k", nullptr, &c.k.clip },
         { "clip_v", nullptr, &c.v.clip },
+        { "feedback_k", &c.k.feedback, nullptr },
         { "sparsity", nullptr, &c.k.sparsity },
         { "tile", &c.tile, nullptr },
         { "n_tail", &c.n_tail, nullptr },

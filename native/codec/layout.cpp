@@ -44,6 +44,12 @@ void check_side(const gear_side_config & c, const char * side) {
         fail(GEAR_ERROR_INVALID, "center%s must be 0 where there are outliers (sparsity %g): their exact values and a mean do not go together", side,
              c.sparsity);
     }
+    if (c.feedback != 0 && c.feedback != 1) {
+        fail(GEAR_ERROR_INVALID, "feedback%s must be 0 or 1, not %d", side, c.feedback);
+    }
+    if (c.feedback == 1 && (side[1] != 'k' || c.rank > 0 || c.sparsity > 0 || c.center)) {
+        fail(GEAR_ERROR_INVALID, "feedback is for keys without a low rank, outliers and a mean: feedback%s must be 0 here", side);
+    }
     check_range("rank", side, c.rank, 0, max_rank);
     check_range("rounds", "", c.rounds, 1, 16);
     check_share("sparsity", "", c.sparsity, 0.25f, true);

@@ -186,6 +186,9 @@ cache_side::cache_side(const api & with, const store_shape & shape, const tile_l
     n_row_ = table_->planner().n_row();
     tiles_ = std::make_unique<device_block>(with, tiles_bytes(shape_, layout));
     pool_  = std::make_unique<device_block>(with, pool_bytes(shape_, n_row_));
+    if (has_tiles_ && layout_.config.feedback) {
+        fail(GEAR_ERROR_UNSUPPORTED, "layer %d: feedback_k is for a cache on the CPU so far", shape.il);
+    }
     if (has_tiles_ && layout_.config.rotate == rotate_weighted) {
         if (!bases_) {
             fail(GEAR_ERROR_INTERNAL, "layer %d: no one chooses the weights of its channels", shape.il);

@@ -74,6 +74,7 @@ typedef struct gear_side_config {
     int32_t center;      // 1: each channel's mean over the tile is taken out before coding and kept as f16; not together with S
     float   sparsity;    // s of S: share of each vector kept exactly, half at the top, half at the bottom; 0: no S
     float   clip;        // shrink each group's range about its middle to this share before coding, (0, 1]; 1: no clipping
+    int32_t feedback;    // K: 1: round for the error of scores, as the queries met say (native/codec/basis.h); not together with L, S or M
 } gear_side_config;
 
 typedef struct gear_config {

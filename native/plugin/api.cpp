@@ -68,7 +68,7 @@ gear_device * plugin_device = nullptr; // lives as long as the process: llama.cp
 extern "C" {
 
 gear_config gear_config_default(void) {
-    const gear_side_config side = { 4, 0, 8, 0, 8, 1, 1, 0, 0.0f, 1.0f };
+    const gear_side_config side = { 4, 0, 8, 0, 8, 1, 1, 0, 0.0f, 1.0f, 0 };
     gear_config            c    = { side, side, 256, 128, 4, 1 };
     c.k.group                   = 32;
     c.k.rotate                  = 2;

@@ -364,7 +364,7 @@ gear_store_stats store::stats() const {
     stats.n_written    = stats.n_exact + stats.n_packed;
     stats.bytes_tiles  = tiles_.size();
     stats.bytes_exact  = shape_.n_stream * n_row_ * row_bytes(shape_);
-    stats.bytes_tables = table_bytes(shape_, n_row_);
+    stats.bytes_tables = (int64_t) (table_bytes(shape_, n_row_) + (codec_ ? codec_->learned_bytes() : 0));
     stats.bytes_f16    = shape_.n_stream * shape_.n_cell * row_bytes(shape_);
     stats.stays_exact  = outlook_ == outlook::stays_exact;
     describe_errors(errors_, stats);

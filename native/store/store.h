@@ -66,6 +66,7 @@ class tile_codec {
     virtual void           learn(int head, const float * x, const uint8_t * written) const { (void) head, (void) x, (void) written; }
     virtual void           adopt(int head, const uint8_t * tile) const { (void) head, (void) tile; }
     virtual void           forget() const {}
+    virtual size_t         learned_bytes() const { return 0; } // that it holds for that
     // Whether rows are worth comparing with what became of them, and what a squared error of a channel then counts: f64 [d_head], so that the sum over a
     // row of K is the mean square of its scores' errors, in nats; nullptr: not known.
     virtual bool           measures_error() const { return false; }

@@ -54,8 +54,8 @@ struct shape {
 
 inline gear_config config_of(int bits_k, int bits_v, int tile = 128) {
     gear_config config = {};
-    config.k           = { bits_k, 32, 8, 0, 8, 1, 0, 0, 0.0f, 1.0f };
-    config.v           = { bits_v, 0, 8, 0, 8, 1, 0, 0, 0.0f, 1.0f };
+    config.k           = { bits_k, 32, 8, 0, 8, 1, 0, 0, 0.0f, 1.0f, 0 };
+    config.v           = { bits_v, 0, 8, 0, 8, 1, 0, 0, 0.0f, 1.0f, 0 };
     config.tile        = tile;
     config.seed        = 1;
     return config;

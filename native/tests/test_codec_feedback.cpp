@@ -2,6 +2,7 @@
 // what a tile promises.
 
 #include "check.h"
+#include "codec/basis.h"
 #include "codec_tiles.h"
 
 #include <cstring>
@@ -128,10 +129,47 @@ static void test_refused() {
     CHECK(pack(c.config, GEAR_SIDE_K) == GEAR_ERROR_INVALID);
 }
 
+// What a store learns: M of all the queries met, made anew when they have grown by half.
+static void test_bases_learn() {
+    gear_config config  = plain_config(2, 8);
+    config.k.rotate     = 2;
+    config.k.feedback   = 1;
+    const int         d = 64, n = 64;
+    const tile_layout layout = make_layout(config, GEAR_SIDE_K, d);
+    head_bases        bases(layout);
+    bases.reserve(2);
+    const numbers one = gaussian(d, check::seed()), x = gaussian(256 * d, check::seed() + 1);
+    const auto    meet = [&] { bases.observe(1, one.data(), n, 0, 1); }; // the same query again and again, whichever of them are noted
+    CHECK(!bases.wants_feedback(1));
+    meet();
+    CHECK(bases.wants_feedback(1) && !bases.wants_feedback(0) && !bases.feedback(1));
+    bases.decide(1, x.data(), nullptr);
+    bases.renew_feedback(1);
+    CHECK(!bases.wants_feedback(1) && bases.feedback(1) && !bases.feedback(0));
+    std::vector<double> moment((size_t) d * d);
+    for (int a = 0; a < d; ++a) {
+        for (int b = 0; b < d; ++b) {
+            moment[a * d + b] = (double) one[a] * one[b];
+        }
+    }
+    numbers expected((size_t) d * d);
+    choose_feedback(layout, bases.basis(1), moment.data(), expected.data());
+    for (int i = 0; i < d * d; ++i) {
+        CHECK_NEAR(bases.feedback(1)[i], expected[i], 1e-5 * (1 + std::fabs(expected[i])));
+    }
+    bases.observe(1, one.data(), 1, 0, 1);
+    CHECK(!bases.wants_feedback(1));
+    meet();
+    CHECK(bases.wants_feedback(1));
+    bases.forget();
+    CHECK(!bases.feedback(1) && !bases.wants_feedback(1));
+}
+
 int main() {
     test_levels_agree();
     test_scores_err_less();
     test_white_queries();
     test_refused();
+    test_bases_learn();
     return check::finish();
 }

@@ -44,7 +44,10 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def measure(model: Path, kv: list[str], arguments: argparse.Namespace, *, floor: bool) -> None:
-    settings = Settings(n_ctx=arguments.ctx, n_chunks=arguments.chunks, n_threads=arguments.threads, n_models=arguments.in_memory, floor=floor)
+    # Whole windows, so that all layers are packed: a window of 512 would stay f16.
+    settings = Settings(
+        n_ctx=arguments.ctx, n_chunks=arguments.chunks, n_threads=arguments.threads, n_models=arguments.in_memory, floor=floor, swa_full=True
+    )
     measurement = Measurement(model, read_text(arguments.text), ",".join(kv), settings)
     last = 0.0
     for step in measurement.run():

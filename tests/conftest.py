@@ -28,6 +28,7 @@ def without_broken_amx() -> None:
     """Plain llama_cpp, which many tests compare with, does not know that its AMX kernels crash."""
     if amx.works():
         return
+    os.environ["PYTHONWARNINGS"] = "ignore:this build of llama.cpp crashes"  # of commands, whose first lines are tested
     defaults = llama_cpp.llama_model_default_params
 
     def spared() -> llama_cpp.llama_model_params:

@@ -1,9 +1,9 @@
 """llama.cpp's AMX kernels, where they crash.
 
 Builds of llama.cpp for processors with AMX can die of the first product with quantized weights. GCC 12 leaves out most of the tile configuration,
-since its own header says that ldtilecfg reads 8 bytes; and threads other than the first may lack Linux's permission for tile data (ggml-
-org/llama.cpp#26954). No error comes out of that, only a signal. So where llama.cpp was built with AMX a process of its own tries it once. Where that
-one dies, weights are not put into buffers for AMX. llama.cpp's other repacked formats go with them, for one parameter is for both.
+since its own header says that ldtilecfg reads 8 bytes; and threads other than the first may lack Linux's permission for tile data
+(ggml-org/llama.cpp#26954). No error comes out of that, only a signal. So where llama.cpp was built with AMX a process of its own tries it once. Where
+that one dies, weights are not put into buffers for AMX. llama.cpp's other repacked formats go with them, for one parameter is for both.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import functools
 import subprocess
 import sys
 import warnings
-from importlib import resources
 
 import llama_cpp
+
+from ..errors import DataError
+from ..model_files import bundled_model
 
 _TIMEOUT = 60  # seconds
 _PROBE = """
@@ -31,12 +33,11 @@ def works() -> bool:
     """Whether llama.cpp can multiply with quantized weights as it would by default. Takes a second where it has AMX, and no time elsewhere."""
     if b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info() or not sys.executable:
         return True
-    folder = resources.files("gearcpp") / "models"
-    with resources.as_file(next(entry for entry in folder.iterdir() if entry.name.endswith("q8_0.gguf"))) as model:
-        try:
-            return subprocess.run([sys.executable, "-c", _PROBE, str(model)], capture_output=True, timeout=_TIMEOUT, check=False).returncode >= 0
-        except (OSError, subprocess.TimeoutExpired):
-            return True  # nothing was seen to fail
+    try:
+        command = [sys.executable, "-c", _PROBE, str(bundled_model())]
+        return subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False).returncode >= 0
+    except (DataError, OSError, subprocess.TimeoutExpired):
+        return True  # nothing was seen to fail
 
 
 def avoid_if_broken(params: llama_cpp.llama_model_params) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 
-Rotation = bool | Literal["auto"]
+Choice = bool | Literal["auto"]
 LayerFields = tuple[tuple[int, tuple[tuple[str, Any], ...]], ...]
 _OF_ALL_LAYERS = ("tile", "n_tail", "n_sink", "seed", "layers")
 
@@ -35,7 +35,8 @@ class GearConfig:
         center_k, center_v: take each channel's mean over the tile out before coding and keep it as f16 (M; ours, not the paper's). Not together with S.
         sparsity: s of S, the share of each vector (K: channel, V: token) kept exactly, half of it at the top and half at the bottom; 0 leaves S out.
         clip_k, clip_v: shrink each group's range about its middle to this share before coding; 1 does not clip.
-        feedback_k: round K for the error of scores rather than of keys, as the queries met say (native/codec/basis.h). Not together with L, S or M of K.
+        feedback_k: round K for the error of scores rather than of keys, as the queries met say (native/codec/feedback.h). True: not together with L, S or
+            M of K, nor on a GPU; "auto": where it can be.
         tile: T, cells of a tile: 64, 128 or 256.
         n_tail: the last rows written that stay exact (f16), at least.
         n_sink: the first cells of each stream that stay exact.
@@ -53,14 +54,14 @@ class GearConfig:
     rank_v: int = 0
     factor_bits: int = 8
     rounds: int = 1
-    rotate_k: Rotation = "auto"
-    rotate_v: Rotation = True
+    rotate_k: Choice = "auto"
+    rotate_v: Choice = True
     center_k: bool = False
     center_v: bool = True
     sparsity: float = 0.0
     clip_k: float = 1.0
     clip_v: float = 1.0
-    feedback_k: bool = False
+    feedback_k: Choice = False
     tile: int = 256
     n_tail: int = 128
     n_sink: int = 4
@@ -79,6 +80,12 @@ class GearConfig:
         """All fields by name; ``layers`` only where there are some, by their numbers as text, as JSON has them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
         return values | ({"layers": {str(il): dict(changes) for il, changes in self.layers}} if self.layers else {})
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether a CPU's cache rounds K for the error of scores."""
+        can = not (self.rank_k or self.sparsity or self.center_k or self.bits_k == 16)
+        return can if self.feedback_k == "auto" else bool(self.feedback_k)
 
     def of_layer(self, il: int, n_layer: int) -> GearConfig:
         """The configuration of one layer, without exceptions.
@@ -205,17 +212,17 @@ def check_config(config: GearConfig) -> None:
     whole("n_tail", 0, 2**30)
     whole("n_sink", 0, 2**20)
     whole("seed", 0, 2**32 - 1)
-    for name in ("rotate_k", "rotate_v"):
+    for name in ("rotate_k", "rotate_v", "feedback_k"):
         if getattr(config, name) not in (False, True, "auto"):
             raise ConfigError(f"{name} must be True, False or 'auto', not {getattr(config, name)!r}")
-    for name in ("center_k", "center_v", "feedback_k"):
+    for name in ("center_k", "center_v"):
         if getattr(config, name) not in (False, True):
             raise ConfigError(f"{name} must be True or False, not {getattr(config, name)!r}")
     for name in ("center_k", "center_v"):
         if getattr(config, name) and config.sparsity:
             raise ConfigError(f"{name} must be False where there are outliers (sparsity={config.sparsity}): exact values and a mean do not go together")
-    if config.feedback_k and (config.rank_k or config.sparsity or config.center_k):
-        raise ConfigError("feedback_k is for keys without a low rank, outliers and a mean: it must be False with rank_k, sparsity or center_k")
+    if config.feedback_k not in (False, "auto") and (config.rank_k or config.sparsity or config.center_k):
+        raise ConfigError("feedback_k is for keys without a low rank, outliers and a mean: it must be False or 'auto' with rank_k, sparsity or center_k")
     for il, changes in config.layers:
         try:
             check_config(replace(config, layers=(), **dict(changes)))

@@ -1,4 +1,4 @@
-"""Keys that are rounded for the error of scores (feedback_k): native/codec/basis.h derives it, docs/coding-keys.md says what it brings."""
+"""Keys that are rounded for the error of scores (feedback_k): native/codec/feedback.h derives it, docs/coding-keys.md says what it brings."""
 
 from __future__ import annotations
 
@@ -63,6 +63,23 @@ def test_what_does_not_go_together_is_refused() -> None:
             check_config(FED.replace(**other))
 
 
+def test_auto_goes_without_where_it_cannot_be(bundled_model: Path) -> None:
+    auto = PRESETS["gear2"].replace(feedback_k="auto", tile=64, n_tail=32)
+    assert auto.has_feedback
+    for other in ({"rank_k": 2}, {"sparsity": 0.02, "center_v": False}, {"center_k": True}, {"bits_k": 16}):
+        check_config(auto.replace(**other))
+        assert not auto.replace(**other).has_feedback
+    sizes = {}
+    for name, config in {"auto": auto, "low rank": auto.replace(rank_k=2), "never": auto.replace(feedback_k=False)}.items():
+        llm = Llama(bundled_model, kv_type=config, n_ctx=1024, n_threads=1, verbose=False)
+        llm.eval([5])
+        sizes[name] = llm.kv_stats()["total"]["bytes_tables"]
+        llm.close()
+    layers, d = llm.info.layers, llm.info.layers[0].d_head_k
+    assert sizes["low rank"] == sizes["never"]
+    assert sizes["auto"] - sizes["never"] == len(layers) * layers[0].n_head_kv * d * (d + 3)
+
+
 def test_a_model_writes_on_and_a_session_is_the_same(bundled_model: Path, tmp_path: Path) -> None:
     config = PRESETS["gear2"].replace(tile=64, n_tail=32, feedback_k=True, clip_k=0.8)
     llm = Llama(bundled_model, kv_type=config, n_ctx=512, n_batch=128, n_threads=1, verbose=False, seed=1)
@@ -71,7 +88,7 @@ def test_a_model_writes_on_and_a_session_is_the_same(bundled_model: Path, tmp_pa
     total = llm.kv_stats()["total"]
     assert total["n_packed"] > 0
     head = llm.info.layers[0]
-    assert total["bytes_tables"] > 12 * len(llm.info.layers) * head.n_head_kv * head.d_head_k**2
+    assert total["bytes_tables"] > len(llm.info.layers) * head.n_head_kv * head.d_head_k**2
     llm.save_session(tmp_path / "session")
     llm.eval([5])
     after = np.array(llm._ctx.get_logits_ith(-1)[: llm.n_vocab()])

@@ -30,7 +30,6 @@ SHARED = "reads another layer's cache"
 
 _UBATCH, _WINDOW_UBATCH = 512, 256  # tokens of a step: llama.cpp's default, and ours where it decides how many cells a window has
 _CELL_BYTES = 40  # position, shift and set of sequences of a cell (llama-kv-cells.h)
-_FEEDBACK_BYTES = 12  # of each pair of channels of a head: the moment of its queries in f64, and what is made of it in f32
 _PADDING = 256  # of a context, and of a window's cells
 
 
@@ -63,6 +62,11 @@ class Allocation:
 def default_ubatch(info: ModelInfo, *, swa_full: bool) -> int:
     """Tokens of a step where the user does not say: fewer with sliding windows, whose cells are those of the window and of a step (docs/memory.md)."""
     return _WINDOW_UBATCH if not swa_full and any(layer.window for layer in info.cached_layers) else _UBATCH
+
+
+def _moment_bytes(d_head: int) -> int:
+    """Of what a CPU's cache keeps of a head's queries: a spread in f32 a channel, a correlation in 16 bits a pair (native/codec/feedback.h)."""
+    return 4 * d_head + d_head * (d_head - 1)
 
 
 def _padded(n: int) -> int:
@@ -126,8 +130,8 @@ def _sides(kv: KVType, info: ModelInfo, layer: KVLayer, allocation: Allocation) 
             heads = (layer.n_head_kv, layer.d_head_k, layer.d_head_v)
             config = kv.gear.of_layer(layer.il, info.n_layer)
             n_bytes, number = native.side_bytes(config, layer.il, heads, side, n_cell, allocation.n_ubatch)
-            if config.feedback_k and side == "k" and number == 0:
-                n_bytes += _FEEDBACK_BYTES * layer.n_head_kv * d_head * d_head
+            if config.has_feedback and side == "k" and number == 0:
+                n_bytes += layer.n_head_kv * _moment_bytes(d_head)
             kind = kind_of(number, layer, allocation, unpackable_heads(kv, info, layer))
             bits = native.bits_per_element(config, side, d_head) if kind == GEAR else 16.0
             made.append(SideAllocation(layer.il, side, kind, n_cell, n_bytes, f16_bytes, bits))

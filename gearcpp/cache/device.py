@@ -52,7 +52,7 @@ class GearDevice:
             raise UnsupportedError(
                 f"{info.path.name}: latent attention (MLA) keeps a GEAR cache on the CPU only so far; set n_gpu_layers=0, or use kv_type='f16'"
             )
-        if not self._placement.on_cpu and any(config.of_layer(layer.il, info.n_layer).feedback_k for layer in info.layers):
+        if not self._placement.on_cpu and any(config.of_layer(layer.il, info.n_layer).feedback_k not in (False, "auto") for layer in info.layers):
             raise UnsupportedError("feedback_k is for a cache on the CPU so far: set n_gpu_layers=0, or leave feedback_k out")
         native.open_ggml()
         self._codec_failure: BaseException | None = None

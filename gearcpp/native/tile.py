@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..config import GearConfig, Rotation
+from ..config import Choice, GearConfig
 from ..errors import from_status
 from .library import F32, U8, Side, check, ffi, last_error, lib, pointer, side_number, struct_to_dict
 
@@ -19,9 +19,9 @@ _TILE_ALIGN = 64  # bytes, native/codec/tile.h
 # ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def rotation_number(rotation: Rotation) -> int:
-    """The native library's number for GearConfig's ``rotate_k`` and ``rotate_v``."""
-    return 2 if rotation == "auto" else int(rotation)
+def choice_number(choice: Choice) -> int:
+    """The native library's number for GearConfig's ``rotate_k``, ``rotate_v`` and ``feedback_k``."""
+    return 2 if choice == "auto" else int(choice)
 
 
 def config_to_c(config: GearConfig) -> Any:
@@ -32,10 +32,10 @@ def config_to_c(config: GearConfig) -> Any:
             "bits": getattr(config, f"bits_{side}"),
             "group": getattr(config, f"group_{side}"),
             "rank": getattr(config, f"rank_{side}"),
-            "rotate": rotation_number(getattr(config, f"rotate_{side}")),
+            "rotate": choice_number(getattr(config, f"rotate_{side}")),
             "center": int(getattr(config, f"center_{side}")),
             "clip": getattr(config, f"clip_{side}"),
-            "feedback": int(config.feedback_k and side == "k"),
+            "feedback": choice_number(config.feedback_k) if side == "k" else 0,
             **shared,
         }
         for side in ("k", "v")

@@ -56,14 +56,18 @@ store_shape cache_method::shape(int il, gear_side side, int n_head, int d_head, 
     return { il, side, n_head, d_head, n_cell, n_stream, config_.tile, config_.n_tail, config_.n_sink, n_ubatch };
 }
 
-side_codec cache_method::codec(const store_shape & shape) const {
+side_codec cache_method::codec(const store_shape & shape, bool is_on_gpu) const {
     if (is_f16(shape.il, shape.side)) {
         return {};
     }
     if (callback_) {
         return { std::make_shared<callback_tile_codec>(config(shape.il), shape.il, shape.side, shape.d_head, callback_, callback_user_), nullptr };
     }
-    const auto codec = std::make_shared<gear_tile_codec>(config(shape.il), shape.side, shape.d_head);
+    gear_config of_layer = config(shape.il);
+    if (is_on_gpu && of_layer.k.feedback == feedback_auto) {
+        of_layer.k.feedback = feedback_never; // its kernels cannot
+    }
+    const auto codec = std::make_shared<gear_tile_codec>(of_layer, shape.side, shape.d_head);
     return { codec, &codec->layout() };
 }
 

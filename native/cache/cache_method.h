@@ -37,7 +37,7 @@ class cache_method {
     bool gains(const store_shape & k, const store_shape & v) const;
 
     store_shape shape(int il, gear_side side, int n_head, int d_head, int64_t n_cell, int n_stream, int n_ubatch) const;
-    side_codec  codec(const store_shape & shape) const;
+    side_codec  codec(const store_shape & shape, bool is_on_gpu = false) const;
     // Bytes of host memory that a side takes, without making one.
     size_t      bytes(const store_shape & shape) const;
 

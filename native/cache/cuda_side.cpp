@@ -134,7 +134,7 @@ void cuda_memory::use(const std::function<void()> & f) {
 
 // Sides that are made while nothing is written begin with one table.
 side_cache & cuda_memory::make_side(const store_shape & shape) {
-    const side_codec codec = method_.codec(shape);
+    const side_codec codec = method_.codec(shape, true);
     const auto       fits  = [&](const std::shared_ptr<cuda::cache_table> & table) {
         const store_shape & of = table->planner().shape();
         return of.n_cell == shape.n_cell && of.n_stream == shape.n_stream && of.n_ubatch == shape.n_ubatch && table->planner().is_empty();

@@ -26,19 +26,16 @@ size_t gear_tile_codec::scratch_bytes() const {
 }
 
 bool gear_tile_codec::pack(int head, int64_t, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const {
-    pack_tile(layout_, seed_, x, written, tile, scratch, nullptr, bases_ ? bases_->basis(head) : nullptr, bases_ ? bases_->feedback(head) : nullptr);
+    pack_tile(layout_, seed_, x, written, tile, scratch, nullptr, bases_ ? bases_->basis(head) : nullptr, bases_ ? bases_->queries(head) : nullptr);
     return true;
 }
 
 bool gear_tile_codec::wants_to_learn(int head) const {
-    return bases_ && (bases_->is_open(head) || bases_->wants_feedback(head));
+    return bases_ && bases_->is_open(head);
 }
 
 void gear_tile_codec::learn(int head, const float * x, const uint8_t * written) const {
     bases_->decide(head, x, written);
-    if (bases_->wants_feedback(head)) {
-        bases_->renew_feedback(head);
-    }
 }
 
 void gear_tile_codec::adopt(int head, const uint8_t * tile) const {
@@ -62,7 +59,7 @@ bool gear_tile_codec::repack(int head, int64_t, const float * x, const uint8_t *
     const bool      any  = std::find(kept, kept + layout_.n_token, 1) != kept + layout_.n_token;
     const kept_rows rows = { kept, old };
     pack_tile(layout_, seed_, x, written, tile, scratch, any ? &rows : nullptr, bases_ ? bases_->basis(head) : nullptr,
-              bases_ ? bases_->feedback(head) : nullptr);
+              bases_ ? bases_->queries(head) : nullptr);
     return true;
 }
 

@@ -22,7 +22,7 @@ class gear_tile_codec final : public tile_codec {
     void                learn(int head, const float * x, const uint8_t * written) const override;
     void                adopt(int head, const uint8_t * tile) const override;
     void                forget() const override;
-    size_t              learned_bytes() const override { return bases_ ? bases_->feedback_bytes() : 0; }
+    size_t              learned_bytes() const override { return bases_ ? bases_->query_bytes() : 0; }
     bool                measures_error() const override { return true; }
     const double *      score_weights(int head) const override;
     // Where attention reports the queries of K's heads; nullptr: nothing is learned from them.

@@ -49,30 +49,6 @@ void lift(int d, double * square) {
     }
 }
 
-// H in f64, run by run (tile.h), in place.   x: d numbers, `stride` apart
-void rotate(int d, int stride, double * x) {
-    for (int first = 0, run = 0; first < d; first += run) {
-        run             = rotation_run(d, first);
-        const int block = run & -run;
-        for (int half = 1; half < block; half *= 2) {
-            for (int i = first; i < first + run; i += 2 * half) {
-                for (int j = i; j < i + half; ++j) {
-                    double &     a = x[(int64_t) j * stride], &b = x[(int64_t) (j + half) * stride];
-                    const double sum = a + b, difference = a - b;
-                    a = sum;
-                    b = difference;
-                }
-            }
-        }
-        for (int i = first; i < first + run; ++i) {
-            x[(int64_t) i * stride] /= std::sqrt((double) block);
-        }
-    }
-}
-
-// The share of E[q q^T] that its diagonal alone has a say in: queries to come are not those met. And what is added to G's diagonal, in shares of its mean.
-constexpr double shrink = 0.3, damp = 0.05;
-
 } // namespace
 
 void load_weights(const uint8_t * basis, int d, float * w) {
@@ -102,67 +78,21 @@ void choose_basis(const tile_layout & layout, const float * x, const uint8_t * w
     }
 }
 
-void choose_feedback(const tile_layout & layout, const uint8_t * basis, const double * moment, float * feedback) {
-    const int           d = layout.d_head;
-    std::vector<double> G(moment, moment + (size_t) d * d);
-    float               w[max_d_head];
-    std::fill(w, w + d, 1.0f);
-    if (layout.config.rotate == rotate_weighted) {
-        load_weights(basis, d, w);
-    }
-    for (int i = 0; i < d; ++i) {
-        for (int j = 0; j < d; ++j) {
-            G[(size_t) i * d + j] *= (i == j ? 1 : 1 - shrink) / ((double) w[i] * w[j]);
-        }
-    }
-    for (int i = 0; i < d && layout.config.rotate; ++i) { // H G H
-        rotate(d, 1, &G[(size_t) i * d]);
-    }
-    for (int i = 0; i < d && layout.config.rotate; ++i) {
-        rotate(d, d, &G[i]);
-    }
-    double trace = 0;
-    for (int c = 0; c < d; ++c) {
-        trace += G[(size_t) c * d + c];
-    }
-    for (int c = 0; c < d; ++c) {
-        G[(size_t) c * d + c] += damp * trace / d + 1e-30;
-    }
-    // From the last channel on: its row over its p is M's, and G without what that says is the metric of those before.
-    std::fill(feedback, feedback + (size_t) d * d, 0.0f);
-    for (int c = d - 1; c >= 0; --c) {
-        const double * row = &G[(size_t) c * d];
-        const double   p   = row[c];
-        if (!(p > 0)) { // of no moment of queries: rounded to the nearest
-            continue;
-        }
-        for (int i = 0; i < c; ++i) {
-            for (int j = 0; j <= i; ++j) {
-                G[(size_t) i * d + j] -= row[i] * row[j] / p;
-            }
-        }
-        for (int j = 0; j < c; ++j) {
-            feedback[(size_t) c * d + j] = (float) (row[j] / p);
-        }
-    }
-}
-
 void head_bases::reserve(int n_head) {
     const size_t d = layout_.d_head;
     while ((int) heads_.size() < n_head) {
         head_state head;
         head.square.resize(d);
         if (layout_.config.feedback) {
-            head.moment.resize(d * d);
-            head.feedback.resize(d * d);
+            head.queries.emplace(layout_.d_head);
         }
         heads_.push_back(std::move(head));
     }
 }
 
 void head_bases::observe(int head, const float * q, int64_t n, int64_t stride, float scale) {
-    if (layout_.config.feedback && head < (int) heads_.size()) {
-        add_to_moment(heads_[head], q, n, stride);
+    if (head < (int) heads_.size() && heads_[head].queries) {
+        heads_[head].queries->meet(q, n, stride);
     }
     if (!is_open(head)) {
         return;
@@ -190,56 +120,16 @@ void head_bases::add_observed(int head, const double * square, int64_t n, float 
     state.scale = scale;
 }
 
-// One in four will do, since queries of neighbouring tokens are alike and each costs d^2 / 2: which, is scattered, so that no query head is left out.
-void head_bases::add_to_moment(head_state & state, const float * q, int64_t n, int64_t stride) {
-    for (int64_t i = 0; i < n; ++i) {
-        if ((uint32_t) state.n_met++ * 2654435761u >> 30 != 0) {
-            continue;
-        }
-        const float * row = reinterpret_cast<const float *>(reinterpret_cast<uintptr_t>(q) + i * stride);
-        double        sum = 0;
-        for (int c = 0; c < layout_.d_head; ++c) {
-            sum += (double) row[c] * row[c];
-        }
-        if (!std::isfinite(sum)) {
-            continue;
-        }
-        for (int c = 0; c < layout_.d_head; ++c) {
-            double * to = &state.moment[(size_t) c * layout_.d_head];
-            for (int j = 0; j <= c; ++j) {
-                to[j] += (double) row[c] * row[j];
-            }
-        }
-        ++state.n_moment;
-    }
+const query_moment * head_bases::queries(int head) const {
+    return head < (int) heads_.size() && heads_[head].queries ? &*heads_[head].queries : nullptr;
 }
 
-size_t head_bases::feedback_bytes() const {
+size_t head_bases::query_bytes() const {
     size_t bytes = 0;
     for (const head_state & head : heads_) {
-        bytes += head.moment.size() * sizeof(double) + head.feedback.size() * sizeof(float);
+        bytes += head.queries ? head.queries->bytes() : 0;
     }
     return bytes;
-}
-
-bool head_bases::wants_feedback(int head) const {
-    return layout_.config.feedback && head < (int) heads_.size() && heads_[head].n_moment > 0 && 2 * heads_[head].n_moment >= 3 * heads_[head].n_fed;
-}
-
-void head_bases::renew_feedback(int head) {
-    head_state & state = heads_[head];
-    const size_t d     = layout_.d_head;
-    if (layout_.config.rotate == rotate_weighted && state.basis.empty()) {
-        return;
-    }
-    std::vector<double> mean(d * d);
-    for (size_t c = 0; c < d; ++c) {
-        for (size_t j = 0; j <= c; ++j) {
-            mean[c * d + j] = mean[j * d + c] = state.moment[c * d + j] / (double) state.n_moment;
-        }
-    }
-    choose_feedback(layout_, state.basis.empty() ? nullptr : state.basis.data(), mean.data(), state.feedback.data());
-    state.n_fed = state.n_moment;
 }
 
 void head_bases::decide(int head, const float * x, const uint8_t * written) {

@@ -15,19 +15,15 @@
 // e, of which rounding, whose signs know nothing of q, keeps the diagonal: sum_c weight_c e_c^2 with weight_c = scale^2 E[q_c^2]. Its root is in nats, the
 // unit of the softmax's exponent.
 //
-// Feedback. With all of E[q q^T] instead of its diagonal, roundings can be chosen that cancel. In the basis that is coded the metric of an error e = y - D
-// is G = B^-T E[q q^T] B^-1, B = H diag(w). Write G = M^T P M, M lower triangular with ones on its diagonal, P diagonal:
-//     e^T G e = sum_c p_c (e_c + sum_{j < c} m_cj e_j)^2
-// Channel c, coded after those before it, is rounded as if it were y_c + sum_{j < c} m_cj e_j: its own rounding is all that is left in the bracket. With
-// steps of one size the cost goes from the mean of G's eigenvalues to at least their geometric mean (the product of the p is det G). The tile's bytes mean
-// what they meant; only the packer knows M. docs/coding-keys.md has what it brings.
-// M takes care of the queries' directions, so the weights need not: the step goes as the mean of w^2 s^2, det G as 1 / prod w^2, and the cost is least
-// where w = 1 / s. As s is that of one tile, w = s^-0.7 is taken, which measured better.
+// With feedback (feedback.h) M takes care of the queries' directions, so the weights need not: the step goes as the mean of w^2 s^2, det G as
+// 1 / prod w^2, and the cost is least where w = 1 / s. As s is that of one tile, w = s^-0.7 is taken, which measured better.
 #pragma once
 
+#include "codec/feedback.h"
 #include "codec/tile.h"
 #include "common/host_device.h"
 
+#include <optional>
 #include <vector>
 
 namespace gear {
@@ -51,10 +47,6 @@ void load_weights(const uint8_t * basis, int d, float * w);
 // The weights for rows such as x f32 [T, d], of which written u8 [T] (nullptr: all) count.   query_square f64 [d]: mean of q_c^2, nullptr: not known
 void choose_basis(const tile_layout & layout, const float * x, const uint8_t * written, const double * query_square, uint8_t * basis);
 
-// M above, f32 [d, d]: entry (c, j) for j < c; the others are 0.
-//   basis: nullptr with rotate 0 and 1; moment f64 [d, d]: mean of q q^T over the queries met, symmetric
-void choose_feedback(const tile_layout & layout, const uint8_t * basis, const double * moment, float * feedback);
-
 // What a store's heads are coded in, what their errors weigh, and what is learned until that is decided. Different heads may be used by different threads
 // at once.
 class head_bases {
@@ -64,23 +56,19 @@ class head_bases {
     void reserve(int n_head); // before threads share it: observe() does not allocate
     bool is_open(int head) const { return head >= (int) heads_.size() || !heads_[head].is_decided; }
 
-    // Queries that head `head` meets: q f32 [n, d], rows `stride` bytes apart, and what their scores are multiplied by. Nothing, once all is decided; with
-    // feedback some of them are noted as long as the store lives.
-    void          observe(int head, const float * q, int64_t n, int64_t stride, float scale);
+    // Queries that head `head` meets: q f32 [n, d], rows `stride` bytes apart, and what their scores are multiplied by. Once all is decided, only feedback
+    // wants them.
+    void                 observe(int head, const float * q, int64_t n, int64_t stride, float scale);
     // The same where a GPU has summed up n of them, without what feedback needs: square f64 [d] sum of q_c^2
-    void          add_observed(int head, const double * square, int64_t n, float scale);
+    void                 add_observed(int head, const double * square, int64_t n, float scale);
     // Decide by the first tile to be packed. Nothing, once all is decided; a basis that was adopted stays.
-    void          decide(int head, const float * x, const uint8_t * written);
+    void                 decide(int head, const float * x, const uint8_t * written);
     // Take over the basis of a packed tile that comes from elsewhere, if none is decided.
-    void          adopt(int head, const uint8_t * tile);
-    // Feedback: keys and queries to come are unlike the first, so M is made anew when half as many queries again were met.
-    bool          wants_feedback(int head) const;
-    void          renew_feedback(int head);
-    // M of choose_feedback; nullptr: none yet
-    const float * feedback(int head) const { return head >= (int) heads_.size() || heads_[head].n_fed == 0 ? nullptr : heads_[head].feedback.data(); }
-    void          forget() { heads_.clear(); }
-    // Of moments and M of all heads; what else is learned is small.
-    size_t        feedback_bytes() const;
+    void                 adopt(int head, const uint8_t * tile);
+    // What feedback knows; nullptr: nothing is kept of queries
+    const query_moment * queries(int head) const;
+    void                 forget() { heads_.clear(); }
+    size_t               query_bytes() const; // of moments; what else is learned is small
 
     const uint8_t * basis(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty() ? nullptr : heads_[head].basis.data(); }
     // f64 [d] weight_c above; nullptr: no query was met
@@ -88,20 +76,14 @@ class head_bases {
 
   private:
     struct head_state {
-        std::vector<double>  square; // [d] sum of q_c^2
-        int64_t              n          = 0;
-        float                scale      = 1; // of a score
-        bool                 is_decided = false;
-        std::vector<uint8_t> basis;  // [d / 2], empty: none (rotate 0 and 1), or open
-        std::vector<double>  weight; // [d], empty: not known
-        // With feedback:
-        std::vector<double>  moment;       // [d, d] sum of q q^T, lower triangle
-        std::vector<float>   feedback;     // [d, d]
-        int64_t              n_met    = 0; // queries that went by,
-        int64_t              n_moment = 0; // those in the moment,
-        int64_t              n_fed    = 0; // and those that M was made of
+        std::vector<double>         square; // [d] sum of q_c^2
+        int64_t                     n          = 0;
+        float                       scale      = 1; // of a score
+        bool                        is_decided = false;
+        std::vector<uint8_t>        basis;   // [d / 2], empty: none (rotate 0 and 1), or open
+        std::vector<double>         weight;  // [d], empty: not known
+        std::optional<query_moment> queries; // with feedback
     };
-    void add_to_moment(head_state & state, const float * q, int64_t n, int64_t stride);
 
     tile_layout             layout_;
     std::vector<head_state> heads_;

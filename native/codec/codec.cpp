@@ -14,6 +14,7 @@
 #include "codec/codec.h"
 
 #include "codec/basis.h"
+#include "codec/feedback.h"
 #include "codec/kernels.h"
 #include "codec/stored.h"
 #include "common/simd.h"
@@ -47,6 +48,7 @@ struct workspace {
     float *     A; // [r][T]
     float *     B; // [r][d]
     float *     E; // [d][T]   with feedback: what D loses of X
+    float *     M; // [d, d]   with feedback: feedback.h's
     group_coder coder;
 };
 
@@ -61,15 +63,27 @@ size_t lay_out_workspace(const tile_layout & layout, void * scratch, workspace &
     };
     w.X = take(n);
     w.Y = r > 0 ? take(n) : w.X;
-    w.D = r > 0 || layout.config.center ? take(n) : nullptr;
+    w.D = r > 0 || layout.config.center || layout.config.feedback ? take(n) : nullptr;
     w.A = take(r * layout.n_token);
     w.B = take(r * layout.d_head);
     w.E = layout.config.feedback ? take(n) : nullptr;
+    w.M = layout.config.feedback ? take((size_t) layout.d_head * layout.d_head) : nullptr;
     for (float ** array :
          { &w.coder.lowest, &w.coder.highest, &w.coder.zero, &w.coder.scale, &w.coder.inverse, &w.coder.first, &w.coder.last, &w.coder.held }) {
         *array = take(n_group);
     }
     return bytes;
+}
+
+// out [n_column, n_row] = in^T, in [n_row, n_column]; both are multiples of 16, and blocks of that size stay in the cache
+void transpose(int n_row, int n_column, const float * in, float * out) {
+    for (int i = 0; i < n_row; i += 16) {
+        for (int j = 0; j < n_column; ++j) {
+            for (int k = i; k < i + 16; ++k) {
+                out[(int64_t) j * n_row + k] = in[(int64_t) k * n_column + j];
+            }
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -330,48 +344,28 @@ void quantize(const tile_layout & layout, const pack_kernels & kernels, const fl
     kernels.encode(layout, Y, coder, tile);
 }
 
-// Quant with feedback (basis.h): channel c of all tokens is rounded as if it were x_c + sum_{j < c} m_cj e_j, e_j what D loses of channel j. Its groups
+// Quant with feedback (feedback.h): channel c of all tokens is rounded as if it were x_c + sum_{j < c} m_cj e_j, e_j what D loses of channel j. Its groups
 // get their ranges from that, too. Each token's sums are its own and are taken in the order of the channels, so that vectors over tokens give the same
 // bytes.
-//   X [T, d]: becomes what was rounded   E [d][T]
-void quantize_with_feedback(const tile_layout & layout, const pack_kernels & kernels, const float * feedback, float * X, float * E,
+//   X [T, d]: becomes what was rounded   M [d, d]   E, R [d][T]: scratch
+void quantize_with_feedback(const tile_layout & layout, const pack_kernels & kernels, const float * M, float * X, float * E, float * R,
                             const group_coder & coder, uint8_t * tile) {
     const int T = layout.n_token, d = layout.d_head;
     std::fill_n(coder.held, layout.part.n_group, 0.0f);
+    transpose(T, d, X, E);
     for (int c = 0; c < d; ++c) {
-        float x[max_tile], y[max_tile];
-        for (int t = 0; t < T; ++t) {
-            x[t] = y[t] = X[(int64_t) t * d + c];
-        }
-        for (int j = 0; j < c; ++j) {
-            const float   m = feedback[(int64_t) c * d + j];
-            const float * e = E + (int64_t) j * T;
-            for (int t = 0; t < T; ++t) {
-                y[t] += m * e[t];
-            }
-        }
+        float *e = E + (int64_t) c * T, *y = R + (int64_t) c * T; // e: X's column until its own turn
+        std::copy_n(e, T, y);
+        kernels.add_multiples(T, c, M + (int64_t) c * d, E, T, y);
         to_half_range(T, y);
-        for (int first = 0; first < T; first += layout.group) {
-            float & low = coder.lowest[first / layout.group * d + c] = infinity;
-            float & high = coder.highest[first / layout.group * d + c] = -infinity;
-            for (int t = first; t < first + layout.group; ++t) {
-                if (!std::isnan(y[t])) {
-                    low  = std::min(low, y[t]);
-                    high = std::max(high, y[t]);
-                }
-            }
-            if (layout.config.clip < 1) {
-                clip_range(layout.config.clip, low, high);
-            }
+        kernels.channel_extremes(T, layout.group, y, coder, c, d);
+        for (int group = c; layout.config.clip < 1 && group < layout.part.n_group; group += d) {
+            clip_range(layout.config.clip, coder.lowest[group], coder.highest[group]);
         }
         code_channel_ranges(layout, c, coder, tile);
-        for (int t = 0; t < T; ++t) {
-            const int   g          = group_of(layout, t, c);
-            const float lost       = x[t] - (coder.zero[g] + coder.scale[g] * (float) code_for(coder, g, layout.levels, y[t]));
-            E[(int64_t) c * T + t] = std::isnan(lost) ? 0.0f : lost;
-            X[(int64_t) t * d + c] = y[t];
-        }
+        kernels.channel_error(T, layout.group, e, y, coder, c, d, layout.levels, e);
     }
+    transpose(d, T, R, X);
     kernels.encode(layout, X, coder, tile);
 }
 
@@ -582,8 +576,36 @@ const pack_kernels & kernels_in_use() {
 
 } // namespace
 
-const pack_kernels pack_kernels_scalar = { extremes_scalar,    encode_scalar,  decode_scalar, multiply_scalar, multiply_transposed_scalar,
-                                           add_product_scalar, hadamard_scalar };
+void add_multiples_scalar(int n, int m, const float * factor, const float * rows, int stride, float * y) {
+    for (int j = 0; j < m; ++j) {
+        for (int i = 0; i < n; ++i) {
+            y[i] += factor[j] * rows[(int64_t) j * stride + i];
+        }
+    }
+}
+
+void channel_extremes_scalar(int T, int group, const float * y, const group_coder & coder, int first, int step) {
+    for (int t = 0, g = first; t < T; ++t, g = first + t / group * step) {
+        if (t % group == 0) {
+            coder.lowest[g]  = infinity;
+            coder.highest[g] = -infinity;
+        }
+        if (!std::isnan(y[t])) {
+            coder.lowest[g]  = std::min(coder.lowest[g], y[t]);
+            coder.highest[g] = std::max(coder.highest[g], y[t]);
+        }
+    }
+}
+
+void channel_error_scalar(int T, int group, const float * x, const float * y, const group_coder & coder, int first, int step, int levels, float * e) {
+    for (int t = 0; t < T; ++t) {
+        const int g = first + t / group * step;
+        e[t]        = std::isnan(y[t]) ? 0.0f : x[t] - (coder.zero[g] + coder.scale[g] * (float) code_for(coder, g, levels, y[t]));
+    }
+}
+
+const pack_kernels pack_kernels_scalar = { extremes_scalar,    encode_scalar,   decode_scalar,        multiply_scalar,         multiply_transposed_scalar,
+                                           add_product_scalar, hadamard_scalar, add_multiples_scalar, channel_extremes_scalar, channel_error_scalar };
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------
 // The tile
@@ -595,7 +617,7 @@ size_t pack_scratch_bytes(const tile_layout & layout) {
 }
 
 void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const uint8_t * written, uint8_t * tile, void * scratch, const kept_rows * kept,
-               const uint8_t * basis, const float * feedback) {
+               const uint8_t * basis, const query_moment * queries) {
     const pack_kernels & kernels = kernels_in_use();
     workspace            w;
     lay_out_workspace(layout, scratch, w);
@@ -626,8 +648,9 @@ void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const
     if (layout.part.n_outlier > 0) {
         filter_outliers(layout, written, w.X, tile); // S, and X - S
     }
-    if (feedback && !kept) {
-        quantize_with_feedback(layout, kernels, feedback, w.X, w.E, w.coder, tile); // D
+    if (queries && queries->is_known() && !kept) {
+        choose_feedback(layout, kernels, *queries, weight, w.M);
+        quantize_with_feedback(layout, kernels, w.M, w.X, w.E, w.D, w.coder, tile); // D
     } else {
         quantize(layout, kernels, w.X, layout.config.rank == 0 ? kept : nullptr, w.coder, tile); // D
     }

@@ -7,6 +7,8 @@
 
 namespace gear {
 
+class query_moment; // feedback.h
+
 // Throws gear::error when the configuration does not allow this side, head size or tile.
 tile_layout make_layout(const gear_config & config, gear_side side, int d_head);
 
@@ -28,9 +30,9 @@ struct kept_rows {
 // x f32 [T, d]; written u8 [T] or nullptr; tile [layout.part.bytes]; scratch 64-byte aligned. All kernel levels give the same bytes.
 // With r = 0 and s = 0, kept rows change only where new ones widen the range of their group.
 // basis u8 [d / 2], with rotate 2: nullptr chooses it by x. A tile that keeps rows keeps its basis.
-// feedback f32 [d, d], of choose_feedback for this basis: keys are rounded by it, but not beside kept rows. Only where the configuration has feedback.
+// queries: keys are rounded for what these see (feedback.h), but not beside kept rows. Only where the configuration has feedback.
 void pack_tile(const tile_layout & layout, uint32_t seed, const float * x, const uint8_t * written, uint8_t * tile, void * scratch,
-               const kept_rows * kept = nullptr, const uint8_t * basis = nullptr, const float * feedback = nullptr);
+               const kept_rows * kept = nullptr, const uint8_t * basis = nullptr, const query_moment * queries = nullptr);
 
 // xhat f32 [T, d]
 void unpack_tile(const tile_layout & layout, const uint8_t * tile, float * xhat);

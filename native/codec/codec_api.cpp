@@ -154,7 +154,7 @@ extern "C" gear_status gear_tile_pack_for_queries(const gear_config * config, ge
             fail(GEAR_ERROR_INVALID, "queries have a say in the rounding of K only");
         }
         gear_config with_feedback = *config;
-        with_feedback.k.feedback  = 1;
+        with_feedback.k.feedback  = feedback_always;
         const tile_layout layout  = make_layout(with_feedback, side, d_head);
         need(x, "x");
         need(query_moment, "query_moment");
@@ -169,10 +169,10 @@ extern "C" gear_status gear_tile_pack_for_queries(const gear_config * config, ge
             choose_basis(layout, x, written, nullptr, chosen);
             basis = chosen;
         }
-        std::vector<float> feedback((size_t) d_head * d_head);
-        choose_feedback(layout, basis, query_moment, feedback.data());
+        class query_moment queries(d_head);
+        queries.set(query_moment);
         const auto scratch = aligned_memory(pack_scratch_bytes(layout));
-        pack_tile(layout, config->seed, x, written, (uint8_t *) tile, scratch.get(), nullptr, basis, feedback.data());
+        pack_tile(layout, config->seed, x, written, (uint8_t *) tile, scratch.get(), nullptr, basis, &queries);
     });
 }
 

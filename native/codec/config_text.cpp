@@ -60,8 +60,8 @@ void set_field(gear_config & c, const std::string & name, const std::string & va
         if (name != f.name) {
             continue;
         }
-        if (value == "auto" && name.rfind("rotate", 0) == 0) { // as GearConfig says it
-            *f.whole = rotate_weighted;
+        if (value == "auto" && (name.rfind("rotate", 0) == 0 || name == "feedback_k")) { // as GearConfig says it
+            *f.whole = name == "feedback_k" ? feedback_auto : rotate_weighted;
             return;
         }
         if (!(f.whole ? is_whole : is_number)) {

@@ -33,6 +33,12 @@ struct pack_kernels {
     void (*add_product)(int T, int d, int r, const float * A, const float * B, float sign, const float * x, float * out);
     // one run of H (tile.h)
     void (*hadamard)(float * x, int d);
+    // y += factor[0] rows[0] + factor[1] rows[1] + ..., one after the other: y [n], rows [m][n], `stride` apart. n is a multiple of 16.
+    void (*add_multiples)(int n, int m, const float * factor, const float * rows, int stride, float * y);
+    // Of a row of one channel, y [T], group by group: lowest and highest as `extremes` has them, at first + i * step in the coder.
+    void (*channel_extremes)(int T, int group, const float * y, const group_coder & coder, int first, int step);
+    // What coding y loses of x: e = x - D, 0 for NaN.   x, y, e [T]
+    void (*channel_error)(int T, int group, const float * x, const float * y, const group_coder & coder, int first, int step, int levels, float * e);
 };
 
 extern const pack_kernels pack_kernels_scalar, pack_kernels_avx2, pack_kernels_avx512vnni, pack_kernels_neon;

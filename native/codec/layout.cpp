@@ -2,6 +2,7 @@
 
 #include "codec/basis.h"
 #include "codec/codec.h"
+#include "codec/feedback.h"
 #include "common/error.h"
 
 #include <algorithm>
@@ -44,10 +45,10 @@ void check_side(const gear_side_config & c, const char * side) {
         fail(GEAR_ERROR_INVALID, "center%s must be 0 where there are outliers (sparsity %g): their exact values and a mean do not go together", side,
              c.sparsity);
     }
-    if (c.feedback != 0 && c.feedback != 1) {
-        fail(GEAR_ERROR_INVALID, "feedback%s must be 0 or 1, not %d", side, c.feedback);
+    if (c.feedback < feedback_never || c.feedback > feedback_auto) {
+        fail(GEAR_ERROR_INVALID, "feedback%s must be 0, 1 or 2, not %d", side, c.feedback);
     }
-    if (c.feedback == 1 && (side[1] != 'k' || c.rank > 0 || c.sparsity > 0 || c.center)) {
+    if (c.feedback == feedback_always && (side[1] != 'k' || c.rank > 0 || c.sparsity > 0 || c.center)) {
         fail(GEAR_ERROR_INVALID, "feedback is for keys without a low rank, outliers and a mean: feedback%s must be 0 here", side);
     }
     check_range("rank", side, c.rank, 0, max_rank);
@@ -126,6 +127,9 @@ tile_layout make_layout(const gear_config & config, gear_side side, int d_head) 
     layout.side        = side;
     layout.n_token     = config.tile;
     layout.d_head      = d_head;
+    if (layout.config.feedback == feedback_auto) {
+        layout.config.feedback = is_k && layout.config.rank == 0 && layout.config.sparsity == 0 && !layout.config.center;
+    }
     const int bits = layout.config.bits, T = config.tile, d = d_head;
     if (bits == 16) {
         fail(GEAR_ERROR_INVALID, "%s is kept as f16 (bits%s = 16): it has no packed tiles", is_k ? "K" : "V", is_k ? "_k" : "_v");

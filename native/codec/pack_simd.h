@@ -343,7 +343,57 @@ void hadamard_vectors(float * x, int d) {
     }
 }
 
-constexpr pack_kernels kernels_of_this_level = { extremes, encode, decode, multiply, multiply_transposed, add_product, hadamard_vectors };
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+// Feedback
+// ---------------------------------------------------------------------------------------------------------------------------------------------
+
+// n_vector x 16 sums stay in registers while all rows go by.
+template <int n_vector> void add_multiples_part(int m, const float * factor, const float * rows, int stride, float * y) {
+    floats16 sum[n_vector];
+    for (int i = 0; i < n_vector; ++i) {
+        sum[i] = *(const floats16 *) (y + 16 * i);
+    }
+    for (int j = 0; j < m; ++j) {
+        const float * row = rows + (int64_t) j * stride;
+        for (int i = 0; i < n_vector; ++i) {
+            sum[i] = sum[i] + factor[j] * *(const floats16 *) (row + 16 * i);
+        }
+    }
+    for (int i = 0; i < n_vector; ++i) {
+        *(floats16 *) (y + 16 * i) = sum[i];
+    }
+}
+
+void add_multiples(int n, int m, const float * factor, const float * rows, int stride, float * y) {
+    int i = 0;
+    for (; i + 64 <= n; i += 64) {
+        add_multiples_part<4>(m, factor, rows + i, stride, y + i);
+    }
+    for (; i < n; i += 16) {
+        add_multiples_part<1>(m, factor, rows + i, stride, y + i);
+    }
+}
+
+void channel_extremes(int T, int group, const float * y, const group_coder & coder, int first, int step) {
+    for (int t = 0; t < T; t += group, first += step) {
+        group_extremes(group, y + t, coder.lowest + first, coder.highest + first);
+    }
+}
+
+void channel_error(int T, int group, const float * x, const float * y, const group_coder & coder, int first, int step, int levels, float * e) {
+    uint8_t codes[max_tile];
+    float   D[max_tile];
+    for (int t = 0; t < T; t += group, first += step) {
+        encode_row<0>(group, y + t, coder, first, (float) levels, codes + t);
+        decode_row<0>(group, codes + t, coder, first, D + t);
+    }
+    for (int t = 0; t < T; ++t) {
+        e[t] = y[t] == y[t] ? x[t] - D[t] : 0.0f;
+    }
+}
+
+constexpr pack_kernels kernels_of_this_level = { extremes,    encode,           decode,        multiply,         multiply_transposed,
+                                                 add_product, hadamard_vectors, add_multiples, channel_extremes, channel_error };
 
 } // namespace
 

@@ -74,7 +74,8 @@ typedef struct gear_side_config {
     int32_t center;      // 1: each channel's mean over the tile is taken out before coding and kept as f16; not together with S
     float   sparsity;    // s of S: share of each vector kept exactly, half at the top, half at the bottom; 0: no S
     float   clip;        // shrink each group's range about its middle to this share before coding, (0, 1]; 1: no clipping
-    int32_t feedback;    // K: 1: round for the error of scores, as the queries met say (native/codec/basis.h); not together with L, S or M
+    int32_t feedback;    // K: 1: round for the error of scores, as the queries met say (native/codec/feedback.h); not together with L, S or M, nor on
+                         // a GPU. 2: where it can be. 0: never
 } gear_side_config;
 
 typedef struct gear_config {
@@ -153,7 +154,7 @@ GEAR_API gear_status gear_basis_choose(const gear_config * config, gear_side sid
 GEAR_API gear_status gear_tile_pack_in_basis(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written,
                                              const uint8_t * basis, void * tile);
 
-// As gear_tile_pack, for keys whose queries are known: roundings are chosen for the error of scores (native/codec/basis.h, "Feedback"). The tile is read
+// As gear_tile_pack, for keys whose queries are known: roundings are chosen for the error of scores (native/codec/feedback.h). The tile is read
 // like any other. GEAR_ERROR_INVALID for V, and for configurations with L, S or M on this side.
 //   basis u8 [d_head / 2]: with rotate = 2, NULL: chosen by the tile alone   query_moment f64 [d_head, d_head]: mean of q q^T
 GEAR_API gear_status gear_tile_pack_for_queries(const gear_config * config, gear_side side, int32_t d_head, const float * x, const uint8_t * written,

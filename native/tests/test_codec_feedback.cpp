@@ -1,4 +1,4 @@
-// Keys rounded by what their queries look at (codec/basis.h, "Feedback"): the same bytes on every level, a smaller error of scores, and tiles that keep
+// Keys rounded by what their queries look at (codec/feedback.h): the same bytes on every level, a smaller error of scores, and tiles that keep
 // what a tile promises.
 
 #include "check.h"
@@ -129,40 +129,142 @@ static void test_refused() {
     CHECK(pack(c.config, GEAR_SIDE_K) == GEAR_ERROR_INVALID);
 }
 
-// What a store learns: M of all the queries met, made anew when they have grown by half.
-static void test_bases_learn() {
-    gear_config config  = plain_config(2, 8);
-    config.k.rotate     = 2;
-    config.k.feedback   = 1;
-    const int         d = 64, n = 64;
-    const tile_layout layout = make_layout(config, GEAR_SIDE_K, d);
-    head_bases        bases(layout);
-    bases.reserve(2);
-    const numbers one = gaussian(d, check::seed()), x = gaussian(256 * d, check::seed() + 1);
-    const auto    meet = [&] { bases.observe(1, one.data(), n, 0, 1); }; // the same query again and again, whichever of them are noted
-    CHECK(!bases.wants_feedback(1));
-    meet();
-    CHECK(bases.wants_feedback(1) && !bases.wants_feedback(0) && !bases.feedback(1));
-    bases.decide(1, x.data(), nullptr);
-    bases.renew_feedback(1);
-    CHECK(!bases.wants_feedback(1) && bases.feedback(1) && !bases.feedback(0));
-    std::vector<double> moment((size_t) d * d);
-    for (int a = 0; a < d; ++a) {
+// M^T P M is the metric of what is coded: checked in f64, element by element, with P found from M.
+static void test_factors() {
+    std::mt19937 random(check::seed());
+    for (const int d : { 32, 80, 128, 576 }) {
+        gear_config config         = plain_config(2, 8);
+        config.k.rotate            = 1;
+        config.k.feedback          = feedback_always;
+        const tile_layout   layout = make_layout(config, GEAR_SIDE_K, d);
+        std::vector<double> moment = random_moment(d, 6, random);
+        query_moment        queries(d);
+        queries.set(moment.data());
+        numbers M((size_t) d * d);
+        choose_feedback(layout, pack_kernels_scalar, queries, nullptr, M.data());
+        // G = H S H, S with its off-diagonal entries at 0.7 and 0.05 of its mean more on the diagonal
+        numbers G((size_t) d * d);
+        double  trace = 0;
+        for (int a = 0; a < d; ++a) {
+            for (int b = 0; b < d; ++b) {
+                G[(size_t) a * d + b] = (float) (moment[(size_t) a * d + b] * (a == b ? 1 : 0.7));
+            }
+            hadamard(&G[(size_t) a * d], d);
+            trace += moment[(size_t) a * d + a];
+        }
         for (int b = 0; b < d; ++b) {
-            moment[a * d + b] = (double) one[a] * one[b];
+            numbers column(d);
+            for (int a = 0; a < d; ++a) {
+                column[a] = G[(size_t) a * d + b];
+            }
+            hadamard(column.data(), d);
+            for (int a = 0; a < d; ++a) {
+                G[(size_t) a * d + b] = column[a] + (a == b ? (float) (0.05 * trace / d) : 0.0f);
+            }
+        }
+        std::vector<double> p(d);
+        for (int c = d - 1; c >= 0; --c) {
+            const auto of_those_behind = [&](int j) {
+                double sum = 0;
+                for (int i = c + 1; i < d; ++i) {
+                    sum += (double) M[(size_t) i * d + c] * p[i] * M[(size_t) i * d + j];
+                }
+                return sum;
+            };
+            p[c] = G[(size_t) c * d + c] - of_those_behind(c);
+            CHECK(p[c] > 0);
+            for (int j = 0; j < c; ++j) {
+                CHECK_NEAR(of_those_behind(j) + p[c] * M[(size_t) c * d + j], G[(size_t) c * d + j], 2e-3 * trace / d);
+            }
         }
     }
-    numbers expected((size_t) d * d);
-    choose_feedback(layout, bases.basis(1), moment.data(), expected.data());
-    for (int i = 0; i < d * d; ++i) {
-        CHECK_NEAR(bases.feedback(1)[i], expected[i], 1e-5 * (1 + std::fabs(expected[i])));
+}
+
+// The moment is the mean over the queries noted, in f64, as long as none fades.
+static void test_moment_is_met() {
+    const int     d = 48, n = 3000;
+    const numbers q = gaussian(n * d, check::seed()), mix = gaussian(d * d, check::seed() + 1);
+    numbers       seen((size_t) n * d);
+    for (int i = 0; i < n; ++i) { // correlated
+        for (int c = 0; c < d; ++c) {
+            seen[(size_t) i * d + c] = q[(size_t) i * d + c] + 0.3f * mix[c] * q[(size_t) i * d] + (c == 3 ? 40.0f : 0.0f);
+        }
     }
-    bases.observe(1, one.data(), 1, 0, 1);
-    CHECK(!bases.wants_feedback(1));
-    meet();
-    CHECK(bases.wants_feedback(1));
-    bases.forget();
-    CHECK(!bases.feedback(1) && !bases.wants_feedback(1));
+    query_moment queries(d);
+    CHECK(!queries.is_known());
+    queries.meet(seen.data(), n, d * sizeof(float));
+    CHECK(queries.is_known());
+    numbers all((size_t) d * d);
+    for (int a = 0; a < d; ++a) {
+        for (int b = 0; b < d; ++b) {
+            double sum = 0;
+            for (int i = 0; i < n; ++i) {
+                sum += (double) seen[(size_t) i * d + a] * seen[(size_t) i * d + b];
+            }
+            all[(size_t) a * d + b] = (float) (sum / n);
+        }
+    }
+    for (int a = 0; a < d; ++a) { // one in eight makes a sample of 375
+        const double spread = std::sqrt(all[(size_t) a * d + a]);
+        CHECK_NEAR(queries.spread(a) / spread, 1, 0.25);
+        for (int b = 0; b < a; ++b) {
+            CHECK_NEAR(queries.correlation(a, b), all[(size_t) a * d + b] / (spread * std::sqrt(all[(size_t) b * d + b])), 0.25);
+        }
+    }
+    query_moment row_by_row(d); // in pieces, by another stride, with queries between that are no numbers
+    numbers      wide((size_t) n * 2 * d, NAN);
+    for (int i = 0; i < n; ++i) {
+        std::copy_n(&seen[(size_t) i * d], d, &wide[(size_t) i * 2 * d]);
+    }
+    for (int i = 0; i < n; i += 5) {
+        row_by_row.meet(&wide[(size_t) i * 2 * d], 5, 2 * d * sizeof(float));
+    }
+    for (int a = 0; a < d; ++a) {
+        CHECK_NEAR(row_by_row.spread(a), queries.spread(a), 1e-3 * queries.spread(a));
+        for (int b = 0; b < a; ++b) {
+            CHECK_NEAR(row_by_row.correlation(a, b), queries.correlation(a, b), 2e-3);
+        }
+    }
+}
+
+// Queries of another kind take over: what is old fades.
+static void test_moment_fades() {
+    const int     d = 32;
+    query_moment  queries(d);
+    const numbers one = gaussian(d, check::seed()), other = gaussian(d, check::seed() + 1);
+    queries.meet(one.data(), 100000, 0);
+    CHECK_NEAR(queries.spread(0), std::fabs(one[0]), 1e-4 * std::fabs(one[0]));
+    queries.meet(other.data(), 100000, 0);
+    for (int c = 0; c < d; ++c) {
+        CHECK_NEAR(queries.spread(c), std::fabs(other[c]), 1e-3 + 0.05 * std::fabs(one[c]));
+    }
+    const numbers bad(d, INFINITY);
+    const float   before = queries.spread(5);
+    queries.meet(bad.data(), 1000, 0);
+    CHECK(queries.spread(5) == before);
+}
+
+static void test_bases_learn() {
+    gear_config config = plain_config(2, 8);
+    config.k.rotate    = 2;
+    for (const int feedback : { feedback_never, feedback_always, feedback_auto }) {
+        config.k.feedback = feedback;
+        head_bases bases(make_layout(config, GEAR_SIDE_K, 64));
+        bases.reserve(2);
+        const numbers q = gaussian(64 * 64, check::seed());
+        bases.observe(1, q.data(), 64, 64 * sizeof(float), 1);
+        CHECK((bases.queries(1) != nullptr) == (feedback != feedback_never));
+        CHECK(bases.query_bytes() == (feedback == feedback_never ? 0 : 2 * query_moment::bytes_of(64)));
+        if (feedback != feedback_never) {
+            CHECK(bases.queries(1)->is_known() && !bases.queries(0)->is_known());
+        }
+        bases.forget();
+        CHECK(!bases.queries(1));
+    }
+    config.k.feedback = feedback_auto; // goes without where it cannot be
+    config.k.rank     = 2;
+    CHECK(make_layout(config, GEAR_SIDE_K, 64).config.feedback == feedback_never);
+    CHECK(make_layout(config, GEAR_SIDE_V, 64).config.feedback == feedback_never);
 }
 
 int main() {
@@ -170,6 +272,9 @@ int main() {
     test_scores_err_less();
     test_white_queries();
     test_refused();
+    test_factors();
+    test_moment_is_met();
+    test_moment_fades();
     test_bases_learn();
     return check::finish();
 }

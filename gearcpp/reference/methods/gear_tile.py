@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import GearConfig, Rotation, check_config
+from ...config import Choice, GearConfig, check_config
 from ...errors import ConfigError, UnsupportedError
 from .gear import outliers_per_side
 from .tensors import Coded, as_tile, hadamard, side_axis
@@ -46,7 +46,7 @@ class SideConfig(NamedTuple):
     rank: int
     factor_bits: int
     rounds: int
-    rotate: Rotation
+    rotate: Choice
     center: bool
     clip: float
     n_outlier: int  # of each vector, both ends together

@@ -284,7 +284,7 @@ def call_prefix() -> str:
     r = random.Random("examples")
     lines = []
     for name, tool in TOOLS.items():
-        parameters = {field: "/".join(what.schema["enum"]) if "enum" in what.schema else what.schema["type"] for field, what in tool.fields.items()}
+        parameters = {field: what.schema.get("enum", what.schema["type"]) for field, what in tool.fields.items()}
         lines.append(json.dumps({"name": name, "description": tool.description, "parameters": parameters}))
     examples = [_call(name, r) for name in ("translate", "order_item", "switch_light")]
     return "Functions:\n" + "\n".join(lines) + "\n\nEach request is answered with the call of one function.\n\n" + "".join(map(_worked, examples))

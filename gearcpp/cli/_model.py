@@ -111,6 +111,7 @@ def load_model(
     path: Path,
     kv: KVTypeLike,
     *,
+    kv_budget: str | None = None,
     n_ctx: int | None = None,
     n_threads: int | None = None,
     n_batch: int | None = None,
@@ -122,6 +123,7 @@ def load_model(
     Args:
         path: GGUF file.
         kv: any form of ``kv_type``.
+        kv_budget: as gearcpp.Llama has it.
         n_ctx: cells of the cache, 0: what the model was trained for; None: that, but at most `DEFAULT_CTX`.
         n_threads: of generation and prefill both; None: the physical cores.
         n_batch: tokens of a batch and of a step; None: gearcpp.Llama's.
@@ -144,6 +146,7 @@ def load_model(
     return Llama(
         str(path),
         kv_type=kv,
+        kv_budget=kv_budget,
         n_ctx=n_ctx,
         **batch,
         n_threads=threads,

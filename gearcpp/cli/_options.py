@@ -23,6 +23,10 @@ KvType = Annotated[
     str,
     typer.Option("--kv", metavar="TYPE", help="KV cache: a preset (gear, gear3, ...), or f16, q8_0, ...; see `gearcpp info`.", rich_help_panel=_MODEL),
 ]
+KvBudget = Annotated[
+    str | None,
+    typer.Option("--kv-budget", metavar="SIZE", help="Memory for the cache, such as 2GiB or 24KiB/token: picks its bits.", rich_help_panel=_MODEL),
+]
 CtxSize = Annotated[
     int | None,
     typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context; 0: all that the model was trained for.", rich_help_panel=_MODEL),

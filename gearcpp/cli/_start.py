@@ -36,6 +36,7 @@ def conversation(
     model: Path | None,
     hf: str | None,
     kv: str,
+    kv_budget: str | None = None,
     ctx_size: int | None,
     threads: int | None,
     swa_full: bool,
@@ -51,7 +52,7 @@ def conversation(
     if not plain and is_assistant(model, hf):
         system_prompt = _ASSISTANT_SYSTEM if system_prompt is None else system_prompt
         predict = _ASSISTANT_PREDICT if predict is None else predict
-    llm = load_model(resolve_model(model, hf), kv, n_ctx=ctx_size, n_threads=threads, swa_full=swa_full, verbose=verbose)
+    llm = load_model(resolve_model(model, hf), kv, kv_budget=kv_budget, n_ctx=ctx_size, n_threads=threads, swa_full=swa_full, verbose=verbose)
     try:
         yield Conversation(
             llm,

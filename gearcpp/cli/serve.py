@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gearcpp.cache.budget import parse_size
 from gearcpp.cli import _options as options
 from gearcpp.cli import app
 from gearcpp.cli._console import mib, notice
@@ -80,7 +80,7 @@ def serve(
             kv_type=kv,
             n_ctx=n_ctx,
             parallel=parallel,
-            kv_budget=_bytes(kv_budget) if kv_budget else None,
+            kv_budget=parse_size(kv_budget, "--kv-budget") if kv_budget else None,
             n_threads=threads or default_threads(),
             chat_template=chat_template,
             verbose=verbose,
@@ -95,12 +95,6 @@ def serve(
     for served in application.state.models.values():
         notice(_line(served))
     run(application, server, on_start=lambda url: notice(f"listening on {url}/v1"), log_level="info" if verbose else "warning")
-
-
-def _bytes(size: str) -> int:
-    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])i?)?B?", size, re.IGNORECASE)):
-        raise ConfigError(f"--kv-budget wants a size such as 512MiB or 4GiB, not {size!r}")
-    return int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()))
 
 
 def _warn(server: ServerSettings) -> None:

@@ -26,6 +26,7 @@ from llama_cpp.llama_cache import BaseLlamaCache
 
 from .. import native
 from ..cache import allocation, stats
+from ..cache.budget import within_budget
 from ..cache.device import GearDevice
 from ..cache.kv_type import KVType, KVTypeLike, for_sequences, normalize_kv_type
 from ..cache.placement import Placement, choose_placement
@@ -78,6 +79,8 @@ class Llama(llama_cpp.Llama):
         kv_type: "gear" (the default preset), another preset (`gearcpp.PRESETS`), a `GearConfig` or a mapping of its fields, one of llama.cpp's own types
             ("f16", "q8_0", "q4_0", ...), or a pair of those for K and V; or a method of `gearcpp.reference`, itself or as "sim:NAME", which codes the
             tiles in place of the native codec: for research, slow, and saves no memory.
+        kv_budget: memory for the whole cache, as bytes, "2GiB" or "24KiB/token": the bits of K and V are chosen for it, in some layers one more than in
+            others. The attribute ``kv_type`` then names what was chosen.
         codec: a Python function that codes the tiles of a GEAR cache in place of the native one (`gearcpp.cache.python_codec.Codec`); slow, for research.
         arguments: those of llama_cpp.Llama.
 
@@ -97,11 +100,20 @@ class Llama(llama_cpp.Llama):
     _n_sequences = 1  # that share the cells of the context
     lenient = False  # whether unknown arguments are ignored, as by the parent: for frameworks that pass what they like
 
-    def __init__(self, model_path: str | os.PathLike[str], *, kv_type: KVTypeLike = "gear", codec: Codec | None = None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        kv_type: KVTypeLike = "gear",
+        kv_budget: int | str | None = None,
+        codec: Codec | None = None,
+        **arguments: Any,
+    ) -> None:
         self._turns = Turns()
         arguments = taken({"model_path": model_path, **arguments}, lenient=self.lenient)
         model_path = arguments.pop("model_path")
-        self._given = {"model_path": model_path, "kv_type": kv_type, **({"codec": codec} if codec else {}), **arguments}
+        self._given = {"model_path": model_path, "kv_type": kv_type, **arguments}
+        self._given |= {name: value for name, value in (("kv_budget", kv_budget), ("codec", codec)) if value is not None}
         self.kv_type: KVType = normalize_kv_type(kv_type)
         self.info: ModelInfo = read_model_info(model_path, arguments.get("kv_overrides"))
         if (base := arguments.get("rope_freq_base")) and base != self.info.rope_freq_base:  # frameworks give 10000 unasked
@@ -116,6 +128,10 @@ class Llama(llama_cpp.Llama):
             resolved.setdefault("n_ubatch", allocation.default_ubatch(self.info, swa_full=bool(resolved.get("swa_full", True))))
         n_ubatch = min(resolved["n_ctx"], resolved.get("n_batch", 512), resolved.get("n_ubatch", 512))
         self._allocation = allocation.Allocation(resolved["n_ctx"], n_ubatch, self._n_sequences, bool(resolved.get("swa_full", True)))
+        if kv_budget is not None:
+            if codec:
+                raise ConfigError("kv_budget chooses the bits of the native codec; with codec= there are none to choose")
+            self.kv_type = within_budget(self.kv_type, kv_budget, self.info, self._allocation)
         if has_cache and placement.on_cpu:
             self._check_memory()
         if has_cache and self.kv_type.gear:

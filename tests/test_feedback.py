@@ -51,6 +51,21 @@ def test_scores_of_queries_to_come_err_less(random: np.random.Generator) -> None
     assert np.mean((fed - keys) ** 2) > np.mean((plain - keys) ** 2)  # that is what it gives for it
 
 
+def test_the_figure_of_scores_knows_that_roundings_cancel(random: np.random.Generator) -> None:
+    keys, queries = random.standard_normal((N, N_HEAD * D)).astype(np.float16).astype(np.float32), queries_of(random, 800)
+    with Cache(FED, n_head_kv=N_HEAD, d_head_k=D, n_cell=1024, n_ubatch=N) as cache:
+        for side in ("k", "v"):
+            cache.write(side, np.arange(N), keys)  # type: ignore[arg-type]
+        cache.attend(queries, n_kv=N)
+        cache.flush("k")
+        read, seen = np.array(cache.read("k", 0, N), np.float32), cache.stats("k")
+    off = ((read - keys) ** 2).reshape(N, N_HEAD, D)
+    of_channels_alone = np.sqrt((off * (queries[0].reshape(N_HEAD, -1, D) ** 2).mean(axis=1)).sum(axis=2).mean() / D)
+    of_scores = np.sqrt(score_error(keys, read, queries) / D)
+    assert of_scores < 0.6 * of_channels_alone
+    np.testing.assert_allclose(seen["score_error"], of_scores, rtol=0.2)  # of one row in sixteen, and one query in eight
+
+
 def test_threads_change_nothing(random: np.random.Generator) -> None:
     keys, queries = random.standard_normal((N, N_HEAD * D)).astype(np.float32), queries_of(random, 50)
     one, two = (coded(FED, keys, queries, n_threads) for n_threads in (1, 2))

@@ -54,6 +54,14 @@ const double * gear_tile_codec::score_weights(int head) const {
     return bases_ ? bases_->score_weights(head) : nullptr;
 }
 
+bool gear_tile_codec::knows_pairs(int head) const {
+    return bases_ && bases_->queries(head) && bases_->queries(head)->is_known();
+}
+
+double gear_tile_codec::score_square(int head, const float * e) const {
+    return bases_->score_square(head, e);
+}
+
 bool gear_tile_codec::repack(int head, int64_t, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,
                              void * scratch) const {
     const bool      any  = std::find(kept, kept + layout_.n_token, 1) != kept + layout_.n_token;

@@ -25,6 +25,8 @@ class gear_tile_codec final : public tile_codec {
     size_t              learned_bytes() const override { return bases_ ? bases_->query_bytes() : 0; }
     bool                measures_error() const override { return true; }
     const double *      score_weights(int head) const override;
+    bool                knows_pairs(int head) const override;
+    double              score_square(int head, const float * e) const override;
     // Where attention reports the queries of K's heads; nullptr: nothing is learned from them.
     head_bases *        bases() const { return bases_.get(); }
     bool     repack(int head, int64_t first_cell, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,

@@ -93,6 +93,7 @@ void head_bases::reserve(int n_head) {
 void head_bases::observe(int head, const float * q, int64_t n, int64_t stride, float scale) {
     if (head < (int) heads_.size() && heads_[head].queries) {
         heads_[head].queries->meet(q, n, stride);
+        heads_[head].scale = scale; // a head whose basis came with a tile has met nothing before
     }
     if (!is_open(head)) {
         return;
@@ -122,6 +123,11 @@ void head_bases::add_observed(int head, const double * square, int64_t n, float 
 
 const query_moment * head_bases::queries(int head) const {
     return head < (int) heads_.size() && heads_[head].queries ? &*heads_[head].queries : nullptr;
+}
+
+double head_bases::score_square(int head, const float * e) const {
+    const head_state & state = heads_[head];
+    return (double) state.scale * state.scale * state.queries->mean_square(e);
 }
 
 size_t head_bases::query_bytes() const {

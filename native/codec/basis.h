@@ -71,6 +71,8 @@ class head_bases {
     size_t               query_bytes() const; // of moments; what else is learned is small
 
     const uint8_t * basis(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty() ? nullptr : heads_[head].basis.data(); }
+    // Mean of (scale q.e)^2 over the queries of queries(), e f32 [d]: with feedback, the diagonal alone would overstate it
+    double          score_square(int head, const float * e) const;
     // f64 [d] weight_c above; nullptr: no query was met
     const double *  score_weights(int head) const { return is_open(head) || heads_[head].weight.empty() ? nullptr : heads_[head].weight.data(); }
 

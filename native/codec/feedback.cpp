@@ -145,6 +145,24 @@ void query_moment::set(const double * moment) {
     n_noted_ = n_remember;
 }
 
+double query_moment::mean_square(const float * e) const {
+    float  u[max_d_head];
+    double sum = 0;
+    for (int c = 0; c < d_; ++c) {
+        u[c] = spread_[c] * e[c];
+        sum += (double) u[c] * u[c];
+    }
+    const int16_t * kept = correlation_.data();
+    for (int c = 1; c < d_; kept += c, ++c) {
+        float of_those_before = 0;
+        for (int j = 0; j < c; ++j) {
+            of_those_before += (float) kept[j] * u[j];
+        }
+        sum += (double) (2 / correlation_unit) * u[c] * of_those_before;
+    }
+    return std::max(sum, 0.0); // rounded correlations may make it a little less than nothing
+}
+
 void choose_feedback(const tile_layout & layout, const pack_kernels & kernels, const query_moment & queries, const float * w, float * M) {
     const int d = layout.d_head;
     float     p[max_d_head], factor[max_d_head];

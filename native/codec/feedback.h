@@ -35,6 +35,8 @@ class query_moment {
     bool          is_known() const { return n_noted_ > 0; }
     int           d() const { return d_; }
     size_t        bytes() const { return bytes_of(d_); }
+    // e^T E[q q^T] e, e f32 [d]
+    double        mean_square(const float * e) const;
     static size_t bytes_of(int d) { return d * sizeof(float) + (size_t) d * (d - 1) / 2 * sizeof(int16_t); }
 
     float spread(int c) const { return spread_[c]; }

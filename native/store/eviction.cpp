@@ -131,6 +131,7 @@ head_error store::measure(int index, int64_t tile, int head, const uint8_t * pac
     const int            d_head = shape_.d_head;
     const pack_scratch   parts  = scratch();
     float *const exact = parts.row, *const square = exact + d_head, *const size = square + d_head; // sums of a channel: (x - x^)^2, x^2
+    const bool knows_pairs = codec_->knows_pairs(head);
     head_error sum;
     std::fill(square, square + 2 * d_head, 0.0f);
     codec_->unpack(packed, parts.x, parts.codec);
@@ -142,18 +143,23 @@ head_error store::measure(int index, int64_t tile, int head, const uint8_t * pac
         const float * x_hat = parts.x + (size_t) token * d_head;
         half_to_float(row_data(index, stream.slot[cell]) + (size_t) head * d_head, exact, d_head);
         for (int c = 0; c < d_head; ++c) {
-            square[c] += (exact[c] - x_hat[c]) * (exact[c] - x_hat[c]);
             size[c] += exact[c] * exact[c];
+            exact[c] -= x_hat[c];
+            square[c] += exact[c] * exact[c];
+        }
+        if (knows_pairs && sum.n_row % score_every == 0) {
+            sum.scores += codec_->score_square(head, exact);
+            sum.n_score += 1;
         }
         sum.n_row += 1;
     }
-    const double * weight = codec_->score_weights(head);
+    const double * weight = knows_pairs ? nullptr : codec_->score_weights(head);
     for (int c = 0; c < d_head; ++c) {
         sum.squares += square[c];
         sum.of += size[c];
         sum.scores += weight ? weight[c] * square[c] : 0;
     }
-    sum.n_score = weight ? sum.n_row : 0;
+    sum.n_score += weight ? sum.n_row : 0;
     return sum;
 }
 

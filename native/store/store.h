@@ -74,6 +74,16 @@ class tile_codec {
         (void) head;
         return nullptr;
     }
+    // Where it knows what queries make of two channels' errors together, that is asked instead: the mean square of a score's error, for the error
+    // e f32 [d_head] of a row.
+    virtual bool knows_pairs(int head) const {
+        (void) head;
+        return false;
+    }
+    virtual double score_square(int head, const float * e) const {
+        (void) head, (void) e;
+        return 0;
+    }
     // What tells tiles that this codec can unpack from others: a session is refused unless it agrees.
     virtual uint64_t format() const { return 0; }
     // Whether a tile that comes from outside can be read without reading past it, whatever its numbers are.

@@ -37,6 +37,9 @@ constexpr double most_error(gear_side side) {
 // Tiles of one write whose errors are measured, at most.
 constexpr int n_measured = 16;
 
+// Rows of which one is measured where each takes a product of all pairs of channels.
+constexpr int score_every = 16;
+
 // The parts of a thread's scratch.
 struct pack_scratch {
     float *   x;       // [T, d_head]

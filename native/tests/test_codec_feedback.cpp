@@ -227,6 +227,19 @@ static void test_moment_is_met() {
     }
 }
 
+// The error that a store measures is that of the moment's scores.
+static void test_mean_square() {
+    std::mt19937 random(check::seed());
+    for (const int d : { 32, 80, 256 }) {
+        const std::vector<double> moment = random_moment(d, 5, random);
+        query_moment              queries(d);
+        queries.set(moment.data());
+        const numbers e = gaussian(d, (uint32_t) random()), nothing(d);
+        CHECK_NEAR(queries.mean_square(e.data()) / score_error(d, e, nothing, moment), 1, 2e-3);
+        CHECK(queries.mean_square(nothing.data()) == 0);
+    }
+}
+
 // Queries of another kind take over: what is old fades.
 static void test_moment_fades() {
     const int     d = 32;
@@ -275,6 +288,7 @@ int main() {
     test_factors();
     test_moment_is_met();
     test_moment_fades();
+    test_mean_square();
     test_bases_learn();
     return check::finish();
 }

@@ -277,8 +277,9 @@ class restorer {
 
     void stream(int index) {
         const stream_image & of       = image_.streams[index];
+        home_                         = target_ ? home_of(index) : -1;
         // Rows of a stream before this one may have come here: then the clock runs already, and exact rows cannot go back to the clock that they had.
-        is_fresh_                     = target_ && index < target_->shape().n_stream && target_->clock(index) == 0;
+        is_fresh_                     = home_ >= 0 && target_->clock(home_) == 0;
         const bool           in_place = stays(index);
         std::vector<uint8_t> has_row(image_.shape.n_cell);
         for (const exact_cell & e : of.exact) {
@@ -290,7 +291,7 @@ class restorer {
                 if (stays(index, of.tiles[i]) != moved) {
                     uint8_t * heads = heads_.reserve(tile_bytes(image_));
                     in_.read(of.tiles_at + i * tile_bytes(image_), heads, tile_bytes(image_));
-                    moved ? unpack(index, of.tiles[i], heads, has_row) : put(index, of.tiles[i], heads);
+                    moved ? unpack(index, of.tiles[i], heads, has_row) : put(of.tiles[i], heads);
                 }
             }
         }
@@ -299,14 +300,14 @@ class restorer {
         for (size_t i = 0; i < of.exact.size(); ++i) {
             in_.read(of.rows_at + i * image_.row_bytes(), row.data(), image_.row_bytes());
             if (in_place) {
-                target_->put_row(index, of.exact[i], row.data());
+                target_->put_row(home_, of.exact[i], row.data());
             } else {
                 std::copy(row.begin(), row.end(), batch_.add(target_of(moves_, index * image_.shape.n_cell + of.exact[i].cell)));
             }
         }
         batch_.finish();
         if (in_place) {
-            target_->put_clock(index, of.clock);
+            target_->put_clock(home_, of.clock);
         }
     }
 
@@ -324,8 +325,16 @@ class restorer {
                image.tile_bytes == target->tile_bytes() && (!has_tiles || target->has_tiles());
     }
 
-    // Whether a cell, a tile with all its cells, or a stream with all of its exact rows can be what it was where it was.
-    bool stays(int index, int64_t cell) const { return target_of(moves_, index * image_.shape.n_cell + cell) == index * target_->shape().n_cell + cell; }
+    // The stream of the target that a stream's first cell goes to; -1: it has no cell. A sequence that comes back to another slot has another one.
+    int home_of(int index) const {
+        const int64_t first = index * image_.shape.n_cell, end = first + image_.shape.n_cell;
+        const auto    in_stream = [&](const cell_range & range) { return range.cell < end && first < range.cell + range.n; };
+        const auto    range     = std::find_if(image_.ranges.begin(), image_.ranges.end(), in_stream);
+        return range == image_.ranges.end() ? -1 : (int) (target_of(moves_, std::max(range->cell, first)) / target_->shape().n_cell);
+    }
+
+    // Whether a cell, a tile with all its cells, or a stream with all of its exact rows can be what it was in its home, at the same place.
+    bool stays(int index, int64_t cell) const { return target_of(moves_, index * image_.shape.n_cell + cell) == home_ * target_->shape().n_cell + cell; }
     bool stays(int index, const tile_image & kept) const {
         if (!is_fresh_) {
             return false;
@@ -339,7 +348,7 @@ class restorer {
     }
     bool stays(int index) const {
         const stream_image & of = image_.streams[index];
-        return is_fresh_ && (int64_t) of.exact.size() <= target_->room(index) &&
+        return is_fresh_ && (int64_t) of.exact.size() <= target_->room(home_) &&
                std::all_of(of.tiles.begin(), of.tiles.end(), [&](const tile_image & kept) { return stays(index, kept); }) &&
                std::all_of(of.exact.begin(), of.exact.end(), [&](const exact_cell & e) { return stays(index, e.cell); });
     }
@@ -352,9 +361,9 @@ class restorer {
         }
     }
 
-    void put(int index, const tile_image & kept, const uint8_t * heads) {
+    void put(const tile_image & kept, const uint8_t * heads) {
         check(heads);
-        target_->put_tile(index, (int) kept.tile, kept.in_tile.data(), heads);
+        target_->put_tile(home_, (int) kept.tile, kept.in_tile.data(), heads);
     }
 
     // Cells that have an exact row, too, are left to it.
@@ -387,7 +396,8 @@ class restorer {
     row_batch                      batch_;
     aligned_buffer                 heads_, scratch_;
     std::vector<float>             x_;                 // [T, d_head]
-    bool                           is_fresh_  = false; // nothing was written to the stream in hand
+    int                            home_      = -1;    // where the stream in hand goes to
+    bool                           is_fresh_  = false; // nothing was written there
     int64_t                        n_changed_ = 0;
 };
 

@@ -1,6 +1,6 @@
 // store_image.h - one store in a session: which cells it had, their packed tiles as they are, and their exact rows with the order in which they were
-// written. Restored to the same cells, the store is what it was, bit for bit. Cells that come back elsewhere are written as rows, oldest first: their
-// tiles are unpacked and coded again.
+// written. Restored to the same cells, of the same stream or of another one that is empty, the store is what it was, bit for bit. Cells that come back
+// elsewhere are written as rows, oldest first: their tiles are unpacked and coded again.
 //
 //     i32 layer, side, KV heads, channels of a head, tile, tail, sinks, streams;  i64 cells of a stream
 //     u64 bytes of a head's tile (0: a side kept as f16), u64 format of the tiles (tile_codec::format)

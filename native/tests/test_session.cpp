@@ -279,6 +279,56 @@ void test_moved_cells() {
     }
 }
 
+// A sequence that comes back to another slot: its stream is what it was, bit for bit, and those beside it are left alone.
+void test_other_stream() {
+    std::mt19937 random(check::seed());
+    for (int round = 0; round < 30; ++round) {
+        const store_shape shape  = shape_of(5 * tile + below(random, 40), 3, below(random, 30), below(random, 6), 1 + below(random, 24));
+        const auto        coding = codec();
+        store             cache(shape, coding), target(shape, coding), beside(shape, coding);
+        for (int i = 0; i < 40; ++i) {
+            random_step(random, { &cache });
+        }
+        const int            from = below(random, 3), to = (from + 1 + below(random, 2)) % 3, other = 3 - from - to;
+        std::vector<uint8_t> live = written(cache);
+        for (int64_t cell = 0; cell < (int64_t) live.size(); ++cell) {
+            live[cell] = live[cell] && cell / shape.n_cell == from;
+        }
+        const bytes_input      in    = saved(cache, coding.get(), live);
+        const store_image      image = image_in(in);
+        std::vector<cell_move> moves;
+        for (const cell_range & range : image.ranges) {
+            moves.push_back({ range.cell, range.n, range.cell + (to - from) * shape.n_cell });
+        }
+        // The other streams are in use, and the one that it goes to was.
+        const std::vector<float> rows = random_rows(random, 16, n_embd);
+        for (store * used : { &target, &beside }) {
+            for (int64_t cell = 0; cell + 16 <= shape.n_cell; cell += 16) {
+                for (const int stream : { from, other }) {
+                    write(*used, consecutive(stream * shape.n_cell + cell, 16), rows);
+                }
+            }
+        }
+        write(target, consecutive(to * shape.n_cell, 16), rows);
+        std::vector<uint8_t> others(live.size(), 1);
+        std::fill_n(others.begin() + to * shape.n_cell, shape.n_cell, (uint8_t) 0);
+        target.keep(others.data());
+        CHECK(restore_image(in, image, moves, &target, coding.get(), writer_to(target)) == 0);
+        for (int i = 0; i < target.n_tile(); ++i) {
+            const tile_view was = cache.view(from, i), is = target.view(to, i);
+            CHECK(!was.packed == !is.packed && was.n_exact == is.n_exact && was.n_packed == is.n_packed);
+            CHECK(!was.packed || !is.packed || std::equal(was.packed, was.packed + n_head * cache.tile_bytes(), is.packed));
+        }
+        CHECK(target.clock(to) == cache.clock(from));
+        for (int64_t cell = 0; cell < shape.n_cell; ++cell) {
+            CHECK(row_of(target, to * shape.n_cell + cell) == row_of(cache, from * shape.n_cell + cell));
+            for (const int stream : { from, other }) {
+                CHECK(row_of(target, stream * shape.n_cell + cell) == row_of(beside, stream * shape.n_cell + cell));
+            }
+        }
+    }
+}
+
 // A pool too small for the exact rows of the one that was saved, a cache that packs nothing, and one that is no store at all.
 void test_other_targets() {
     std::mt19937      random(check::seed());
@@ -493,6 +543,7 @@ int main() {
     test_in_place();
     test_freed_cells();
     test_moved_cells();
+    test_other_stream();
     test_other_targets();
     test_moves_must_cover();
     test_full_tiles_only();

@@ -207,6 +207,7 @@ class Code:
         shrink: share of the moment's diagonal in what is taken for it.
         damp: what is added to the metric's diagonal, in shares of its mean.
         sweeps: of `quantize_with_feedback`.
+        n_fit: of `Grid`.
     """
 
     bits: float = 2
@@ -223,9 +224,10 @@ class Code:
     shrink: float = 0.3
     damp: float = 0.05
     sweeps: int = 0
+    n_fit: int = 0
 
     def grid(self, bits: int, clip: float) -> Grid:
-        return Grid(bits, clip, self.group, self.scale_bits, TILE // self.group)
+        return Grid(bits, clip, self.group, self.scale_bits, TILE // self.group, self.n_fit)
 
     def bits_per_element(self, d: int) -> float:
         """Everything counted; matrices of a basis, f16, at a context of 8192."""
@@ -249,6 +251,7 @@ class Grid:
         group: numbers that share scale and zero.
         scale_bits: 8, against the extremes of a set, or 16 (taken as exact).
         n_set: groups of a set.
+        n_fit: how often zero and scale are fitted to the codes that they gave, by least squares.
     """
 
     bits: int
@@ -256,6 +259,7 @@ class Grid:
     group: int
     scale_bits: int = 8
     n_set: int = TILE // 32
+    n_fit: int = 0
 
     def ranges(self, y: F32) -> tuple[F32, F32]:
         """Zero and scale of y [..., n]: [..., n / (n_set * group), n_set, 1]."""
@@ -266,6 +270,15 @@ class Grid:
         lowest, highest = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
         middle, half = (lowest + highest) / 2, (highest - lowest) / 2 * self.clip
         low, high = middle - half, middle + half
+        for _ in range(self.n_fit):
+            scale = np.maximum(high - low, 1e-12) / levels
+            codes = np.clip(np.rint((groups - low) / scale), 0, levels)
+            of_codes, of_groups = codes.mean(-1, keepdims=True), groups.mean(-1, keepdims=True)
+            spread = ((codes - of_codes) ** 2).mean(-1, keepdims=True)
+            slope = ((codes - of_codes) * (groups - of_groups)).mean(-1, keepdims=True) / np.maximum(spread, 1e-9)
+            scale = np.where(spread > 1e-9, np.maximum(slope, 1e-12), scale)
+            low = of_groups - scale * of_codes
+            high = low + levels * scale
         if self.scale_bits != 8:
             return low, np.maximum(high - low, 1e-12) / levels
         lo = low.min(-2, keepdims=True)
@@ -406,12 +419,14 @@ class ValueCode:
         feedback: "": values are rounded to the nearest; the error of a token is taken into account when the next ones are rounded, by the second moment of
             the attention weights that queries give to the tokens of a tile. "known": the queries of the 128 tokens behind the tile; "later": those it is
             judged by; "near": none, but neighbours are taken to get like weights, half of it e^(-distance / 8).
+        n_fit: of `Grid`.
     """
 
     bits: int = 2
     clip: float = 0.8
     feedback: str = ""
     damp: float = 0.3
+    n_fit: int = 0
 
     def bits_per_element(self, d: int) -> float:
         return self.bits + 16 / d + 16 / TILE + 32 / TILE / d
@@ -446,7 +461,7 @@ def code_values(head: Head, code: ValueCode) -> F32:
             metric = attention_moment(head, first, code.feedback)
             coded = quantize_with_feedback(y - mean, metric, code.damp, Grid(code.bits, code.clip, d, 16, 1), 0)
         else:
-            coded = Grid(code.bits, code.clip, d, 8, TILE).quantized((y - mean).reshape(-1)).reshape(y.shape)
+            coded = Grid(code.bits, code.clip, d, 8, TILE, code.n_fit).quantized((y - mean).reshape(-1)).reshape(y.shape)
         coded += mean + (y - mean - coded).mean(axis=0)
         values[first : first + TILE] = coded @ h
     return values
@@ -525,6 +540,10 @@ QUESTIONS: dict[str, dict[str, KV]] = {
         "K 3 with feedback, V 2": both(3, 2, feedback=True),
         "K 2 with feedback, V 3": both(2, 3, feedback=True),
         "K 3 with feedback, V 3": both(3, 3, feedback=True),
+    },
+    "fits": {
+        **{f"K {bits} with feedback, {n} fits": fed(bits, clip=clip, n_fit=n) for bits, clip in ((3, 0.95), (2, 0.8)) for n in (0, 1, 2, 4)},
+        **{f"V {bits}, {n} fits": (None, ValueCode(bits, clip, n_fit=n)) for bits, clip in ((3, 0.95), (2, 0.8)) for n in (0, 1, 2, 4)},
     },
     "values": {
         **{f"nearest, clip {clip}": (None, ValueCode(clip=clip)) for clip in (0.7, 0.8, 0.9)},

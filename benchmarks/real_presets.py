@@ -1,6 +1,7 @@
 """What every preset does to real models, held against the other forms of its rotation and against llama.cpp's own types: run it before a preset changes.
 
     python benchmarks/real_presets.py [--models FOLDER] --text wiki.test.raw --log FILE [--only gemma-3-270m] [--kv gear,gear2] [-c 4096] [--chunks 4]
+    python benchmarks/real_presets.py --log FILE --plot PNG        # nothing is measured: KLD over bits a number, one panel a model
 
 FOLDER, by default the one that GEARCPP_MODELS names, has GGUF files with f16 weights, NAME-f16.gguf (quantized weights put a floor under every
 divergence). Each cache and chunk length of each model is a line of the log, JSON; what is there already is not measured again, so a run may be stopped
@@ -19,6 +20,7 @@ from typing import Any
 
 from gearcpp import PRESETS
 from gearcpp.cache.kv_type import split_kv_types
+from gearcpp.cli._plot import import_pyplot
 from gearcpp.evaluation.perplexity import Measurement, Settings
 from gearcpp.evaluation.text import read_text
 from gearcpp.model_files import WAYS, real_models
@@ -91,10 +93,43 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+PRESETS_DRAWN, TYPES_DRAWN = ("gear", "gear3", "gear2"), ("q8_0", "q5_1", "q5_0", "q4_0")
+
+
+def draw(rows: list[dict[str, Any]], picture: Path) -> None:
+    """KLD over bits a number: GEAR's presets as one line, llama.cpp's types as another, and f16 read in other pieces as what both are held against."""
+    pyplot = import_pyplot()
+    models = [name for name in NAMES if any(row["model"] == f"{name}-f16" for row in rows)]
+    figure, panels = pyplot.subplots(1, len(models), figsize=(3.2 * len(models), 3.2), sharey=True, squeeze=False, layout="constrained")
+    for panel, name in zip(panels[0], models, strict=True):
+        of_model = {row["kv"]: row for row in rows if row["model"] == f"{name}-f16"}
+        for label, names, style in (("GEAR", PRESETS_DRAWN, "o-"), ("llama.cpp's types", TYPES_DRAWN, "s--")):
+            points = [of_model[kv] for kv in names if kv in of_model]
+            panel.errorbar(
+                [row["bits_per_element"] for row in points],
+                [row["kld_mean"] for row in points],
+                [row["kld_se"] for row in points],
+                fmt=style,
+                label=label,
+                capsize=2,
+            )
+            for row in points:
+                panel.annotate(row["kv"], (row["bits_per_element"], row["kld_mean"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        for row in of_model.values():
+            if row["kv"].startswith("f16, -ub"):
+                panel.axhline(row["kld_mean"], color="gray", linestyle=":", label="f16, other kernel")
+        panel.set(title=name, xlabel="bits a number", yscale="log", xlim=(2, 9))
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("KLD from f16, nat")
+    panels[0][-1].legend(fontsize=7)
+    figure.savefig(picture, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="folder of NAME-f16.gguf; default: GEARCPP_MODELS")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what the log has for --ctx and --chunks, and measure nothing")
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--only", action="append", choices=NAMES, help="measure this model only; may be given again")
     parser.add_argument("--kv", help="caches to measure in place of all, as `gearcpp perplexity --kv` takes them")
@@ -103,6 +138,11 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--in-memory", type=int, default=8, help="models in memory at once")
     arguments = parser.parse_args()
+    if arguments.plot:
+        draw([row for row in read_log(arguments.log) if (row["n_ctx"], row["n_chunks"]) == (arguments.ctx, arguments.chunks)], arguments.plot)
+        return
+    if not arguments.text:
+        parser.error("--text is needed to measure")
     found = real_models(arguments.models)
     for name in arguments.only or NAMES:
         model = found.get(f"{name}-f16")

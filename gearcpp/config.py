@@ -61,7 +61,7 @@ class GearConfig:
     sparsity: float = 0.0
     clip_k: float = 1.0
     clip_v: float = 1.0
-    feedback_k: Choice = False
+    feedback_k: Choice = "auto"
     tile: int = 256
     n_tail: int = 128
     n_sink: int = 4
@@ -153,7 +153,7 @@ def _sorted_layers(layers: Any) -> LayerFields:
     return tuple(sorted((il, some) for il, some in made.items() if some))
 
 
-_PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False)  # D, L and S as in the paper
+_PLAIN = GearConfig(rotate_k=False, rotate_v=False, center_v=False, feedback_k=False)  # D, L and S as in the paper
 
 
 # Every preset by name. "gear" is the default. Chosen by measurement: see docs/.
@@ -162,7 +162,7 @@ PRESETS: dict[str, GearConfig] = {
     "gear4": GearConfig(),
     # The fewer the codes, the more a group's extremes cost the others: below 4 bits they are clipped.
     "gear3": GearConfig(bits_k=3, bits_v=3, clip_k=0.95, clip_v=0.95),
-    "gear2": GearConfig(bits_k=2, bits_v=2, clip_k=0.85, clip_v=0.8),
+    "gear2": GearConfig(bits_k=2, bits_v=2, clip_k=0.8, clip_v=0.8),
     "gear-hi": GearConfig(bits_k=6, bits_v=5),
     "gear-l": GearConfig(rank_k=2, rank_v=2, factor_bits=4, rounds=3),
     "gear-l3": GearConfig(bits_k=3, bits_v=3, clip_k=0.95, clip_v=0.95, rank_k=2, rank_v=2, factor_bits=4, rounds=3),

@@ -18,7 +18,7 @@ from gearcpp.native import Cache
 
 F32 = npt.NDArray[np.float32]
 N_HEAD, D, N_CELL, N = 3, 64, 2048, 512
-CONFIG = GearConfig(bits_k=3, bits_v=3, tile=64, n_tail=0, n_sink=0)
+CONFIG = GearConfig(bits_k=3, bits_v=3, tile=64, n_tail=0, n_sink=0, feedback_k=False)  # whose figure is of channels alone
 
 
 def rows_of(random: np.random.Generator, n: int = N) -> F32:

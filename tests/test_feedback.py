@@ -15,7 +15,7 @@ from gearcpp.native import Cache
 
 F32 = npt.NDArray[np.float32]
 N_HEAD, N_SHARE, D, N = 2, 2, 64, 512
-PLAIN = GearConfig(bits_k=2, bits_v=2, tile=64, n_tail=0, n_sink=0)
+PLAIN = GearConfig(bits_k=2, bits_v=2, tile=64, n_tail=0, n_sink=0, feedback_k=False)
 FED = PLAIN.replace(feedback_k=True)
 
 

@@ -64,11 +64,6 @@ def default_ubatch(info: ModelInfo, *, swa_full: bool) -> int:
     return _WINDOW_UBATCH if not swa_full and any(layer.window for layer in info.cached_layers) else _UBATCH
 
 
-def _moment_bytes(d_head: int) -> int:
-    """Of what a CPU's cache keeps of a head's queries: a spread in f32 a channel, a correlation in 16 bits a pair (native/codec/feedback.h)."""
-    return 4 * d_head + d_head * (d_head - 1)
-
-
 def _padded(n: int) -> int:
     return -(-n // _PADDING) * _PADDING
 
@@ -130,8 +125,6 @@ def _sides(kv: KVType, info: ModelInfo, layer: KVLayer, allocation: Allocation) 
             heads = (layer.n_head_kv, layer.d_head_k, layer.d_head_v)
             config = kv.gear.of_layer(layer.il, info.n_layer)
             n_bytes, number = native.side_bytes(config, layer.il, heads, side, n_cell, allocation.n_ubatch)
-            if config.has_feedback and side == "k" and number == 0:
-                n_bytes += layer.n_head_kv * _moment_bytes(d_head)
             kind = kind_of(number, layer, allocation, unpackable_heads(kv, info, layer))
             bits = native.bits_per_element(config, side, d_head) if kind == GEAR else 16.0
             made.append(SideAllocation(layer.il, side, kind, n_cell, n_bytes, f16_bytes, bits))

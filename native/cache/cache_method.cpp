@@ -72,12 +72,14 @@ side_codec cache_method::codec(const store_shape & shape, bool is_on_gpu) const 
 }
 
 size_t cache_method::bytes(const store_shape & shape) const {
-    size_t tile_bytes = 0;
-    if (!is_f16(shape.il, shape.side)) {
-        tile_bytes = callback_ ? callback_tile_codec::tile_bytes(config(shape.il), shape.d_head)
-                               : (size_t) make_layout(config(shape.il), shape.side, shape.d_head).part.bytes;
+    if (is_f16(shape.il, shape.side)) {
+        return store::bytes(shape, 0);
     }
-    return store::bytes(shape, tile_bytes);
+    if (callback_) {
+        return store::bytes(shape, callback_tile_codec::tile_bytes(config(shape.il), shape.d_head));
+    }
+    const tile_layout layout = make_layout(config(shape.il), shape.side, shape.d_head);
+    return store::bytes(shape, (size_t) layout.part.bytes) + head_bases::query_bytes(layout, shape.n_head);
 }
 
 } // namespace gear

@@ -26,7 +26,11 @@ template <class F> void run_on(store & cells, threadpool & threads, F && operati
 
 } // namespace
 
-host_side::host_side(const store_shape & shape, const cache_method & method) : codec_(method.codec(shape)), cells_(shape, codec_.codec) {}
+host_side::host_side(const store_shape & shape, const cache_method & method) : codec_(method.codec(shape)), cells_(shape, codec_.codec) {
+    if (head_bases * const bases = bases_of(codec())) {
+        bases->reserve(shape.n_head); // here, where memory may be short: attention runs in ggml's threads, which nothing may throw through
+    }
+}
 
 void host_side::write(int64_t n, const cell_source & cells, const row_source & rows, threadpool & threads) {
     run_on(cells_, threads, [&](const team & t) { return cells_.write(t, n, cells, rows); });
@@ -69,11 +73,7 @@ void host_side::change_store(const changer & f) {
 }
 
 attention_op attention_of(const gear_attention_params & params, const host_side & k, const host_side & v, int d_latent) {
-    head_bases * const bases = bases_of(k.codec());
-    if (bases) {
-        bases->reserve(k.shape().n_head); // here, where memory may be short: the op itself runs in ggml's threads, which nothing may throw through
-    }
-    return { params, &k.cells(), &v.cells(), k.layout(), v.layout(), default_rounding, &k == &v ? d_latent : 0, bases };
+    return { params, &k.cells(), &v.cells(), k.layout(), v.layout(), default_rounding, &k == &v ? d_latent : 0, bases_of(k.codec()) };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -90,6 +90,20 @@ void head_bases::reserve(int n_head) {
     }
 }
 
+void head_bases::forget() {
+    for (head_state & head : heads_) { // in place: a cache is cleared without new memory
+        std::fill(head.square.begin(), head.square.end(), 0.0);
+        head.n          = 0;
+        head.scale      = 1;
+        head.is_decided = false;
+        head.basis.clear();
+        head.weight.clear();
+        if (head.queries) {
+            head.queries->forget();
+        }
+    }
+}
+
 void head_bases::observe(int head, const float * q, int64_t n, int64_t stride, float scale) {
     if (head < (int) heads_.size() && heads_[head].queries) {
         heads_[head].queries->meet(q, n, stride);
@@ -128,14 +142,6 @@ const query_moment * head_bases::queries(int head) const {
 double head_bases::score_square(int head, const float * e) const {
     const head_state & state = heads_[head];
     return (double) state.scale * state.scale * state.queries->mean_square(e);
-}
-
-size_t head_bases::query_bytes() const {
-    size_t bytes = 0;
-    for (const head_state & head : heads_) {
-        bytes += head.queries ? head.queries->bytes() : 0;
-    }
-    return bytes;
 }
 
 void head_bases::decide(int head, const float * x, const uint8_t * written) {

@@ -67,8 +67,12 @@ class head_bases {
     void                 adopt(int head, const uint8_t * tile);
     // What feedback knows; nullptr: nothing is kept of queries
     const query_moment * queries(int head) const;
-    void                 forget() { heads_.clear(); }
-    size_t               query_bytes() const; // of moments; what else is learned is small
+    void                 forget();
+    // Of moments; what else is learned is small.
+    size_t               query_bytes() const { return query_bytes(layout_, (int) heads_.size()); }
+    static size_t        query_bytes(const tile_layout & layout, int n_head) {
+        return layout.config.feedback ? n_head * query_moment::bytes_of(layout.d_head) : 0;
+    }
 
     const uint8_t * basis(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty() ? nullptr : heads_[head].basis.data(); }
     // Mean of (scale q.e)^2 over the queries of queries(), e f32 [d]: with feedback, the diagonal alone would overstate it

@@ -130,6 +130,12 @@ void query_moment::note(int n, const float * const * q) {
     n_noted_ += n;
 }
 
+void query_moment::forget() {
+    std::fill(spread_.begin(), spread_.end(), 0.0f);
+    std::fill(correlation_.begin(), correlation_.end(), (int16_t) 0);
+    n_met_ = n_noted_ = 0;
+}
+
 void query_moment::set(const double * moment) {
     for (int c = 0; c < d_; ++c) {
         spread_[c] = (float) std::sqrt(std::max(moment[(size_t) c * d_ + c], 0.0));

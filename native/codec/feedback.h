@@ -30,6 +30,7 @@ class query_moment {
 
     // q f32 [n, d], rows `stride` bytes apart. One in eight is noted: neighbours are alike.
     void          meet(const float * q, int64_t n, int64_t stride);
+    void          forget();
     // Take moment f64 [d, d] itself, symmetric and finite.
     void          set(const double * moment);
     bool          is_known() const { return n_noted_ > 0; }

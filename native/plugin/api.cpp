@@ -72,6 +72,7 @@ gear_config gear_config_default(void) {
     gear_config            c    = { side, side, 256, 128, 4, 1 };
     c.k.group                   = 32;
     c.k.rotate                  = 2;
+    c.k.feedback                = 2;
     c.v.center                  = 1;
     return c;
 }

@@ -47,6 +47,7 @@ class SideConfig(NamedTuple):
     factor_bits: int
     rounds: int
     rotate: Choice
+    has_feedback: bool  # of K: the weights are other ones then; tiles of `pack` know no queries
     center: bool
     clip: float
     n_outlier: int  # of each vector, both ends together
@@ -113,6 +114,7 @@ def side_config(config: GearConfig, side: str, d_head: int) -> SideConfig:
         factor_bits=config.factor_bits,
         rounds=config.rounds,
         rotate=getattr(config, f"rotate_{side}"),
+        has_feedback=side == "k" and config.has_feedback,
         center=bool(getattr(config, f"center_{side}")),
         clip=getattr(config, f"clip_{side}"),
         n_outlier=2 * outliers_per_side(config.sparsity, length),
@@ -218,7 +220,7 @@ def _rotated(x: Tensor) -> Tensor:
 
 
 def choose_basis(x: Tensor, side: SideConfig, written: Tensor | None = None, query_square: Tensor | None = None) -> Tensor:
-    """Exponents e of w = 2^((e - 8) / 2) ~ sqrt(q / s) about the median of q / s, two to a byte: u8 [..., d / 2].
+    """Exponents e of w = 2^((e - 8) / 2) ~ sqrt(q / s), with feedback s^-0.7, about their median, two to a byte: u8 [..., d / 2].
 
     s^2 [..., d] is the mean square of what the rows x [..., T, d] of a group lie off their mean, q^2 = query_square (1 / s^2 where it is not known).
     """
@@ -230,7 +232,7 @@ def choose_basis(x: Tensor, side: SideConfig, written: Tensor | None = None, que
     power = groups.square().sum(-2) - groups.sum(-2).square() / n.clamp_min(1)
     s2 = _lifted(power.clamp_min(0).sum(-2) / n.sum().clamp_min(1))
     q2 = _lifted(1 / s2 if query_square is None else query_square.double())
-    ratio = 0.5 * (q2 / s2).log2()
+    ratio = -0.7 * s2.log2() if side.has_feedback else 0.5 * (q2 / s2).log2()
     median = ratio.sort(-1).values[..., side.d_head // 2].unsqueeze(-1)
     exponent = (8 + (ratio - median).round()).clamp(0, 15).to(torch.uint8)
     low, high = exponent.chunk(2, dim=-1)

@@ -56,6 +56,43 @@ def test_the_prompt_cache_holds_tiles(random: np.random.Generator) -> None:
     assert not any(kept[n_kept + 1 :])  # the limit is kept to
 
 
+def test_a_prompt_comes_back_in_another_slot(random: np.random.Generator) -> None:
+    """The prompt cache is on by default: what it holds of a slot that was taken is not evaluated again in another one, and says the same."""
+    asked, *others = prompts(random, 4, 1000)
+
+    def slot_of(prompt: list[int]) -> tuple[int, int, str]:
+        status, answer = post(server, "/completion", prompt=prompt, n_predict=8, temperature=0)
+        assert status == 200, answer
+        return int(answer["id_slot"]), int(answer["timings"]["cache_n"]), str(answer["content"])
+
+    with serve("-c", "2048", "-np", "2", "--kv", "gear2") as server:
+        first, n_cached, _ = slot_of(asked)
+        assert n_cached == 0
+        assert slot_of(others[0])[0] != first
+        here, n_cached, text = slot_of(asked)  # by now its tiles are packed
+        assert (here, n_cached) == (first, len(asked) - 1)
+        assert [slot_of(other)[0] == first for other in others[1:]] == [False, True]  # the one that was used longest ago is taken
+        there, n_cached, again = slot_of(asked)
+        assert there != first and n_cached == len(asked) - 1
+        assert again == text
+        assert "gearcpp E" not in server.log
+
+
+def test_a_slot_file_is_the_same_in_every_slot(random: np.random.Generator, tmp_path: Path) -> None:
+    """To the last bit of the probabilities: no tile is coded again."""
+    (prompt,) = prompts(random, 1, 1500)
+    with serve("-c", "2048", "-np", "3", "--kv", "gear2", "--", "--slot-save-path", tmp_path) as server:
+        status, answer = post(server, "/completion", prompt=prompt, n_predict=8, temperature=0, id_slot=1)
+        assert status == 200 and post(server, "/slots/1?action=save", filename="one.bin")[0] == 200
+        said = []
+        for slot in (1, 0, 2):
+            assert post(server, f"/slots/{slot}?action=restore", filename="one.bin")[0] == 200
+            status, answer = post(server, "/completion", prompt=prompt, n_predict=8, temperature=0, id_slot=slot, n_probs=5)
+            assert status == 200 and answer["timings"]["cache_n"] == len(prompt) - 1
+            said.append([(top["id"], top["logprob"]) for token in answer["completion_probabilities"] for top in token["top_logprobs"]])
+        assert len(said[0]) == 8 * 5 and said[0] == said[1] == said[2]
+
+
 def test_a_prefix_is_copied_to_a_slot_beside(random: np.random.Generator) -> None:
     """From the prompt cache, where idle slots are put when another request begins."""
     system, *rest = prompts(random, 5, 600)

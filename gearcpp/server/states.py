@@ -4,8 +4,8 @@ llama.cpp's server takes a slot's state through its own public functions (llama_
 But the server calls them through its library's table of imported functions. `Packed` puts functions of its own there, for which llama.cpp's are the means:
 they hold sessions (gearcpp/native/session.py), tiles as they are. So the server's own accounts of --cache-ram are right, too.
 
-A state that returns to its slot is there what it was. In another slot, whose stream is another, its tiles are unpacked and coded again: that is how
-native/session/store_image.cpp restores cells that move.
+A state that returns is what it was, in any slot: its stream is emptied first, and native/session/store_image.cpp puts tiles into an empty stream as they
+are.
 
 A library that has no such table (it is of ELF, so of Linux) is left alone, and its states are f16.
 """

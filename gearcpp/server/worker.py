@@ -61,6 +61,8 @@ def _load(settings: ModelSettings, socket: str, n_requests: int) -> tuple[Any, A
         gear.use(params, kv)
         library, n_threads = ctypes.CDLL(xllamacpp.xllamacpp.__file__), settings.n_threads or os.cpu_count() or 1
         states = Packed(library, native.lib.gear_plugin_device(), _owner(settings), n_threads)
+        if not states.works:
+            params.cache_ram_mib = 0  # it would hold rows of f16, and code them again when they return
     else:
         params.cache_type_k, params.cache_type_v = (xllamacpp.ggml_type(LLAMA_CACHE_TYPES[name]) for name in (kv.type_k, kv.type_v))
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -100,7 +102,6 @@ def _params(xllamacpp: Any, settings: ModelSettings) -> Any:
     if settings.chat_template:
         params.chat_template = settings.chat_template
     params.fit_params = False
-    params.cache_ram_mib = 0  # what returns to another slot is coded again
     params.endpoint_metrics = True
     params.cors_origins = ""
     params.verbosity = _LOG_INFO if settings.verbose else _LOG_ERRORS

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import write_family
 from server_process import PATIENCE, Server, serve
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="states are packed where libraries are of ELF")
@@ -135,3 +136,34 @@ def test_a_slot_file_outlives_the_server(random: np.random.Generator, tmp_path: 
         status, answer = post(server, "/slots/0?action=restore", filename=file.name)
         assert status == 400 and "it is of another model, or of another --kv" in answer["error"]["message"]
         assert ask(server, prompt)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "qwen35", "granite-hybrid", "falcon-h1"])
+def test_windows_and_recurrent_layers_come_back_too(random: np.random.Generator, tmp_path: Path, name: str) -> None:
+    """In any slot, after a restart and out of the prompt cache. llama.cpp evaluates the few tokens after its last checkpoint again."""
+    asked, *others = [random.integers(5, 250, 700).tolist() for _ in range(3)]
+    arguments = ("-m", write_family(tmp_path / "model.gguf", name), "-c", "1024", "-np", "2", "--kv", "gear2", "--", "--slot-save-path", tmp_path)
+
+    def said(server: Server, prompt: list[int], **fields: Any) -> tuple[int, int, list[tuple[int, float]]]:
+        """The slot, tokens that were there, and probabilities."""
+        status, answer = post(server, "/completion", prompt=prompt, n_predict=8, temperature=0, n_probs=3, **fields)
+        assert status == 200, answer
+        tops = [(top["id"], top["logprob"]) for token in answer["completion_probabilities"] for top in token["top_logprobs"]]
+        return answer["id_slot"], answer["timings"]["cache_n"], tops
+
+    with serve(*arguments) as server:
+        here, n_cached, _ = said(server, asked)
+        assert n_cached == 0
+        status, saved = post(server, f"/slots/{here}?action=save", filename="one.bin")
+        assert status == 200 and saved["n_saved"] >= len(asked)
+        for other in others:
+            assert said(server, other)[1] == 0  # the second one takes the slot of the prompt, which goes to the prompt cache
+        there, n_cached, _ = said(server, asked)
+        assert there != here and n_cached >= len(asked) - 8
+        assert "gearcpp E" not in server.log
+    with serve(*arguments) as server:
+        answers = []
+        for slot in (here, there):
+            assert post(server, f"/slots/{slot}?action=restore", filename="one.bin")[0] == 200
+            answers.append(said(server, asked, id_slot=slot)[1:])
+        assert answers[0][0] >= len(asked) - 8 and answers[0] == answers[1]

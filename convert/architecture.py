@@ -46,7 +46,7 @@ EXPERTS: Mapping[str, Shape] = {
 }
 
 # Tensors of a layer whose names do not end in ".weight".
-ENDINGS: Mapping[str, str] = {"ssm_a": "", "ssm_dt": ".bias"}
+ENDINGS: Mapping[str, str] = {"ssm_a": "", "ssm_dt": ".bias", "exp_probs_b": ".bias"}
 
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+(?:\.\w+)??)(?:\.(?:weight|bias))?")
 _MOST_LAYERS = 512  # llama.cpp's limit

@@ -17,6 +17,7 @@ from .gpt2 import Gpt2
 from .granite import Granite
 from .lfm import Lfm2
 from .llama import Llama, Mistral, Mistral3, Mixtral
+from .minimax import MiniMaxM2
 from .olmo import Olmo2, Olmo3
 from .phi import Phi3
 from .qwen import Qwen2, Qwen3, Qwen3Moe
@@ -44,6 +45,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Granite,
     Ernie45,
     Lfm2,
+    MiniMaxM2,
     Gpt2,
 )
 

@@ -266,6 +266,11 @@ SAMPLES: dict[str, Sample] = {
         byte_level(LLAMA3_WORDS, whole_words_first=True),
         {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 32, "tie_word_embeddings": True},
     ),
+    "minimax-m2": Sample(
+        "MiniMaxM2Config",
+        byte_level(GPT4O_WORDS),
+        {"intermediate_size": 32, "head_dim": 32, "rotary_dim": 16, "num_local_experts": 4, **_EXPERTS, "scoring_func": "sigmoid"},
+    ),
     "olmo-3": Sample("Olmo3Config", byte_level(LLAMA3_WORDS), {"sliding_window": 8, "num_hidden_layers": 5}),
     "olmo-2": Sample("Olmo2Config", byte_level(LLAMA3_WORDS)),
     "granite": Sample(
@@ -294,6 +299,9 @@ def save_sample(name: str, folder: Path, dtype: str = "float32", shard_size: str
                 parameter += 0.2 * noise
             else:
                 parameter.copy_(0.15 * noise)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):  # a weight of the router that no gradient trains
+                buffer.copy_(0.15 * torch.randn_like(buffer))
     model = model.to(getattr(torch, dtype))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, max_shard_size=shard_size)

@@ -12,7 +12,7 @@ from gearcpp.errors import DataError, UnsupportedError
 from ..architecture import Architecture
 from .ernie import Ernie45
 from .gemma import Gemma2, Gemma3
-from .glm import Glm4
+from .glm import Glm4, Glm4Moe
 from .gpt2 import Gpt2
 from .granite import Granite
 from .lfm import Lfm2
@@ -40,6 +40,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Gemma3,
     Phi3,
     Glm4,
+    Glm4Moe,
     Olmo2,
     Olmo3,
     Granite,

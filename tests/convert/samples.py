@@ -225,6 +225,17 @@ _DELTA_NET = {
     "linear_key_head_dim": 32,  # equal to that of values, as in every published model: llama.cpp has one size for both
     "linear_value_head_dim": 32,
 }
+_ROUTED = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+    "n_group": 4,
+    "topk_group": 2,
+}
 _SHARED_EXPERT = {"num_experts": 4, **_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 
 SAMPLES: dict[str, Sample] = {
@@ -259,6 +270,11 @@ SAMPLES: dict[str, Sample] = {
     "mistral-3": Sample("Ministral3Config", byte_level(TEKKEN_WORDS, whole_words_first=True, bos=True), {"head_dim": 16, "rope_parameters": _MINISTRAL}),
     "glm-4": Sample(
         "Glm4Config", byte_level(LLAMA3_WORDS, whole_words_first=True, added=("<|user|>",)), {"head_dim": 16, "rms_norm_eps": 1e-5, "attention_bias": True}
+    ),
+    "glm-4.5": Sample(
+        "Glm4MoeConfig",
+        byte_level(LLAMA3_WORDS, whole_words_first=True, added=("[gMASK]", "<|user|>", "<|observation|>")),
+        {"head_dim": 16, "use_qk_norm": True, "attention_bias": True, **_ROUTED},
     ),
     "ernie-4.5": Sample("Ernie4_5Config", sentencepiece(), {"head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}),
     "lfm-2": Sample(

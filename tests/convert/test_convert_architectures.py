@@ -198,14 +198,15 @@ def test_the_text_part_of_a_multimodal_model(prefix: str, saved: Saved, tmp_path
     assert _tensor_bytes(files[0]) == _tensor_bytes(files[1])
 
 
-def test_layers_that_draft_are_left_out(saved: Saved, tmp_path: Path) -> None:
-    """Checkpoints of Qwen 3.5 have a layer that predicts a further token, which transformers does not load either."""
+@pytest.mark.parametrize(("name", "prefix"), [("qwen-3.5", "mtp."), ("glm-4.5", "model.layers.3.")])
+def test_layers_that_draft_are_left_out(name: str, prefix: str, saved: Saved, tmp_path: Path) -> None:
+    """Checkpoints of Qwen 3.5 and GLM-4.5 have a layer that predicts a further token, which transformers does not load either."""
     from safetensors.torch import load_file, save_file
 
-    folder, _ = saved("qwen-3.5")
+    folder, _ = saved(name)
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    drafts = {"mtp.fc.weight": torch.zeros(64, 128), "mtp.layers.0.input_layernorm.weight": torch.zeros(64)}
+    drafts = {f"{prefix}eh_proj.weight": torch.zeros(64, 128), f"{prefix}input_layernorm.weight": torch.zeros(64)}
     save_file(load_file(folder / "model.safetensors") | drafts, tmp_path / "model.safetensors")
     files = [folder / "without.gguf", folder / "with.gguf"]
     for source, file in zip((folder, tmp_path), files, strict=True):

@@ -63,6 +63,7 @@ class Architecture:
     outside: ClassVar[Mapping[str, Shape]] = {"token_embd": ("vocab", "model"), "output_norm": ("model",)}
     rotary_pairs: ClassVar[bool] = False  # llama.cpp rotates neighbouring channels of this architecture
     norm_offset: ClassVar[float] = 0.0  # added to norm weights
+    required_biases: ClassVar[frozenset[str]] = frozenset()  # tensors that llama.cpp does not load without a bias
     transposed: ClassVar[frozenset[str]] = frozenset()  # tensors stored as [in, out]
     ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)  # endings of names that llama.cpp does not need
     renamed: ClassVar[Mapping[str, str]] = {}  # an ending of a tensor's name -> the one that gguf's map knows
@@ -146,7 +147,7 @@ class Architecture:
             DataError: a tensor is missing, comes twice, or contradicts config.json in its shape.
         """
         expected = self._expected_shapes()
-        found = self._renamed(self._parted(with_stacked_experts(text_part(checkpoint, self.ignored), self.sizes().get("experts", 0))))
+        found = self._renamed(self._parted(self._stacked(text_part(checkpoint, self.ignored))))
         if self.config["tie_word_embeddings"]:
             found.pop("output.weight", None)
         else:
@@ -158,6 +159,10 @@ class Architecture:
         if missing := [name for name in self._required(expected) if name not in found]:
             raise DataError(f"the checkpoint lacks {len(missing)} tensors of a {self.gguf_name} model of {self.config.n_layers} layers: {_some(missing)}")
         return dict(sorted({**tensors, **self.computed_tensors()}.items(), key=lambda item: _file_order(item[0])))
+
+    def _stacked(self, tensors: dict[str, Rows]) -> dict[str, Rows]:
+        """The checkpoint's tensors, each matrix of the experts in one."""
+        return with_stacked_experts(tensors, self.sizes().get("experts", 0))
 
     def _parted(self, tensors: dict[str, Rows]) -> dict[str, Rows]:
         """The checkpoint's tensors, those that llama.cpp has in several parts split."""
@@ -194,14 +199,20 @@ class Architecture:
         shapes: dict[str, Shape] = {**self.outside, "output": ("vocab", "model")}
         for index in range(self.config.n_layers):
             shapes |= {f"blk.{index}.{kind}": shape for kind, shape in self.layer_tensors(index).items()}
-        biases = {f"{name}.bias": (sizes[shape[0]],) for name, shape in shapes.items() if len(shape) <= 2}
-        weights = {name + ENDINGS.get(name.rpartition(".")[2], ".weight"): tuple(sizes[size] for size in shape) for name, shape in shapes.items()}
+        biased = {name: shape for name, shape in shapes.items() if len(shape) <= 2 or _kind(name) in self.required_biases}
+        biases = {f"{name}.bias": tuple(sizes[size] for size in shape[: max(1, len(shape) - 1)]) for name, shape in biased.items()}
+        weights = {name + ENDINGS.get(_kind(name), ".weight"): tuple(sizes[size] for size in shape) for name, shape in shapes.items()}
         return biases | weights
 
     def _required(self, expected: Iterable[str]) -> list[str]:
-        """Those of the expected tensors that must be there: all but the biases and the output matrix."""
-        biases = tuple(f".{kind}.bias" for kind, ending in ENDINGS.items() if ending == ".bias")
+        """Those of the expected tensors that must be there: all but the output matrix and most biases."""
+        biases = tuple(f".{kind}.bias" for kind in {*(kind for kind, ending in ENDINGS.items() if ending == ".bias"), *self.required_biases})
         return [name for name in expected if name != "output.weight" and (not name.endswith(".bias") or name.endswith(biases))]
+
+
+def _kind(name: str) -> str:
+    """``attn_q`` of ``blk.0.attn_q``."""
+    return name.rpartition(".")[2]
 
 
 def _require_output(found: Mapping[str, object]) -> None:

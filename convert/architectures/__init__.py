@@ -14,6 +14,7 @@ from .ernie import Ernie45
 from .gemma import Gemma2, Gemma3
 from .glm import Glm4, Glm4Moe
 from .gpt2 import Gpt2
+from .gpt_oss import GptOss
 from .granite import Granite
 from .lfm import Lfm2
 from .llama import Llama, Mistral, Mistral3, Mixtral
@@ -47,6 +48,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Ernie45,
     Lfm2,
     MiniMaxM2,
+    GptOss,
     Gpt2,
 )
 

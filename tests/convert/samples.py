@@ -287,6 +287,11 @@ SAMPLES: dict[str, Sample] = {
         byte_level(GPT4O_WORDS),
         {"intermediate_size": 32, "head_dim": 32, "rotary_dim": 16, "num_local_experts": 4, **_EXPERTS, "scoring_func": "sigmoid"},
     ),
+    "gpt-oss": Sample(
+        "GptOssConfig",
+        byte_level(GPT4O_WORDS),
+        {"head_dim": 16, "intermediate_size": 32, "num_local_experts": 4, **_EXPERTS, "sliding_window": 8, "rope_parameters": _YARN},
+    ),
     "olmo-3": Sample("Olmo3Config", byte_level(LLAMA3_WORDS), {"sliding_window": 8, "num_hidden_layers": 5}),
     "olmo-2": Sample("Olmo2Config", byte_level(LLAMA3_WORDS)),
     "granite": Sample(
@@ -323,6 +328,30 @@ def save_sample(name: str, folder: Path, dtype: str = "float32", shard_size: str
     model.save_pretrained(folder, max_shard_size=shard_size)
     sample.tokenizer(folder)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def save_mxfp4(folder: Path, packed: Path, plain: Path, seed: int) -> None:
+    """The gpt-oss of `folder` with random experts: as blocks and scales of MXFP4 in `packed`, the same numbers as float32 in `plain`."""
+    from safetensors.numpy import load_file, save_file
+
+    random, numbers = np.random.default_rng(seed), np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    stored = load_file(folder / "model.safetensors")
+    as_packed = {name: tensor for name, tensor in stored.items() if not name.endswith("_proj")}
+    as_plain = dict(as_packed)
+    for name in stored.keys() - as_packed.keys():
+        n_experts, n_in, n_out = stored[name].shape
+        codes = random.integers(0, 16, (n_experts, n_out, n_in // 32, 32)).astype(np.uint8)
+        scales = random.integers(120, 127, codes.shape[:3]).astype(np.uint8)
+        as_packed |= {f"{name}_blocks": codes[..., ::2] | codes[..., 1::2] << 4, f"{name}_scales": scales}
+        values = np.ldexp(numbers[codes], scales[..., None].astype(np.int32) - 127)
+        as_plain[name] = np.ascontiguousarray(values.reshape(n_experts, n_out, n_in).swapaxes(1, 2))
+    for target, tensors in ((packed, as_packed), (plain, as_plain)):
+        target.mkdir()
+        for file in folder.glob("*.json"):
+            (target / file.name).write_bytes(file.read_bytes())
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
 
 
 def write_llama(folder: Path, tokenizer: Callable[[Path], None] | None = None, d_model: int = 64, **config_changes: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 from gearcpp.convert import convert_model
-from samples import SAMPLES, save_sample, sentencepiece
+from samples import SAMPLES, save_mxfp4, save_sample, sentencepiece
 
 SOURCE = os.environ.get("GEARCPP_LLAMA_CPP_SOURCE", "")
 if not SOURCE:
@@ -87,6 +87,18 @@ def test_parity(name: str, outtype: str, tmp_path: Path) -> None:
     conversion = convert_model(folder, folder / "ours.gguf", outtype=outtype)
     ours = gguf.GGUFReader(folder / "ours.gguf")
     theirs = gguf.GGUFReader(_reference(name, folder, str(conversion.metadata["tokenizer.ggml.pre"]), outtype))
+    _compare_tensors(ours, theirs)
+    _compare_metadata(ours, theirs)
+
+
+def test_parity_of_mxfp4(tmp_path: Path) -> None:
+    save_sample("gpt-oss", tmp_path / "stored", "float32")
+    folder = tmp_path / "packed"
+    save_mxfp4(tmp_path / "stored", folder, tmp_path / "plain", seed=12)
+    conversion = convert_model(folder, folder / "ours.gguf", outtype="bf16")
+    ours = gguf.GGUFReader(folder / "ours.gguf")
+    assert {tensor.tensor_type.name for tensor in ours.tensors} == {"MXFP4", "BF16", "F32"}
+    theirs = gguf.GGUFReader(_reference("gpt-oss", folder, str(conversion.metadata["tokenizer.ggml.pre"]), "bf16"))
     _compare_tensors(ours, theirs)
     _compare_metadata(ours, theirs)
 

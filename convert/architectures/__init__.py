@@ -10,9 +10,10 @@ from typing import Any
 from gearcpp.errors import DataError, UnsupportedError
 
 from ..architecture import Architecture
+from .deepseek import DeepseekV3
 from .ernie import Ernie45
 from .gemma import Gemma2, Gemma3
-from .glm import Glm4, Glm4Moe
+from .glm import Glm4, Glm4Moe, Glm4MoeLite
 from .gpt2 import Gpt2
 from .gpt_oss import GptOss
 from .granite import Granite
@@ -42,6 +43,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Phi3,
     Glm4,
     Glm4Moe,
+    Glm4MoeLite,
     Olmo2,
     Olmo3,
     Granite,
@@ -49,6 +51,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Lfm2,
     MiniMaxM2,
     GptOss,
+    DeepseekV3,
     Gpt2,
 )
 

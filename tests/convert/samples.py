@@ -71,6 +71,12 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+X|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*X"
 _AFTER_CASED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT4O_WORDS = _CASED.replace("X", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"|\p{N}{1,3}" + _AFTER_CASED
+DEEPSEEK3_WORDS = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    """[!"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|"""
+    "\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 TEKKEN_WORDS = _CASED.replace("X", "") + r"|\p{N}" + _AFTER_CASED
 
 
@@ -225,6 +231,7 @@ _DELTA_NET = {
     "linear_key_head_dim": 32,  # equal to that of values, as in every published model: llama.cpp has one size for both
     "linear_value_head_dim": 32,
 }
+_GLM_MARKS = ("[gMASK]", "<|user|>", "<|observation|>")
 _ROUTED = {
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,
@@ -236,6 +243,15 @@ _ROUTED = {
     "n_group": 4,
     "topk_group": 2,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+_YARN_ALL = {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
 _SHARED_EXPERT = {"num_experts": 4, **_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 
 SAMPLES: dict[str, Sample] = {
@@ -273,8 +289,11 @@ SAMPLES: dict[str, Sample] = {
     ),
     "glm-4.5": Sample(
         "Glm4MoeConfig",
-        byte_level(LLAMA3_WORDS, whole_words_first=True, added=("[gMASK]", "<|user|>", "<|observation|>")),
+        byte_level(LLAMA3_WORDS, whole_words_first=True, added=_GLM_MARKS),
         {"head_dim": 16, "use_qk_norm": True, "attention_bias": True, **_ROUTED},
+    ),
+    "glm-4.7-flash": Sample(
+        "Glm4MoeLiteConfig", byte_level(LLAMA3_WORDS, whole_words_first=True, added=_GLM_MARKS), {**_LATENT, **_ROUTED, "scoring_func": "sigmoid"}
     ),
     "ernie-4.5": Sample("Ernie4_5Config", sentencepiece(), {"head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}),
     "lfm-2": Sample(
@@ -291,6 +310,9 @@ SAMPLES: dict[str, Sample] = {
         "GptOssConfig",
         byte_level(GPT4O_WORDS),
         {"head_dim": 16, "intermediate_size": 32, "num_local_experts": 4, **_EXPERTS, "sliding_window": 8, "rope_parameters": _YARN},
+    ),
+    "deepseek-v3": Sample(
+        "DeepseekV3Config", byte_level(*DEEPSEEK3_WORDS), {**_LATENT, **_ROUTED, "scoring_func": "sigmoid", "rope_parameters": _YARN_ALL}
     ),
     "olmo-3": Sample("Olmo3Config", byte_level(LLAMA3_WORDS), {"sliding_window": 8, "num_hidden_layers": 5}),
     "olmo-2": Sample("Olmo2Config", byte_level(LLAMA3_WORDS)),

@@ -30,7 +30,7 @@ NEEDS_MODEL = {"gemma-2": False, "gemma-3": False, "phi-3": True, "ernie-4.5": T
 AS_GPT2 = ("phi-3-long",)
 
 # Layers that predict further tokens are left out; it takes the option only for classes that have such.
-OPTIONS = {name: ["--no-nextn"] for name in ("qwen-3-next", "qwen-3.5", "qwen-3.5-moe", "glm-4.5")}
+OPTIONS = {name: ["--no-nextn"] for name in ("qwen-3-next", "qwen-3.5", "qwen-3.5-moe", "glm-4.5", "glm-4.7-flash")}
 
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight", ".ssm_a")  # equal to 1 ulp
 

@@ -46,7 +46,7 @@ EXPERTS: Mapping[str, Shape] = {
 }
 
 # Tensors of a layer whose names do not end in ".weight".
-ENDINGS: Mapping[str, str] = {"ssm_a": "", "ssm_dt": ".bias", "exp_probs_b": ".bias"}
+ENDINGS: Mapping[str, str] = {"ssm_a": "", "ssm_dt": ".bias", "exp_probs_b": ".bias", "scale": ""}
 
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+(?:\.\w+)??)(?:\.(?:weight|bias))?")
 _MOST_LAYERS = 512  # llama.cpp's limit
@@ -69,6 +69,7 @@ class Architecture:
     renamed: ClassVar[Mapping[str, str]] = {}  # an ending of a tensor's name -> the one that gguf's map knows
     aliases: ClassVar[Mapping[str, str]] = {}  # the usual name of a config value <- the one this class gives it
     copied_keys: ClassVar[Mapping[str, tuple[str, type]]] = {}  # further GGUF keys (less the architecture) <- config names and their type
+    pieces: ClassVar[str] = "llama"  # llama.cpp's name of a tokenizer of pieces with bytes to fall back to: "llama" joins by scores, "gemma4" by merges
     special_tokens: ClassVar[Mapping[str, str]] = {}  # bos, eos, eot ... <- their text, where tokenizer_config.json names none
     taken_for_granted: ClassVar[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu", "swish")}  # what llama.cpp computes, whatever the config says
 
@@ -89,6 +90,14 @@ class Architecture:
     def layer_tensors(self, index: int) -> Mapping[str, Shape]:
         """The tensors of one layer: hybrids have layers of several kinds."""
         return self.layer
+
+    def outside_tensors(self) -> Mapping[str, Shape]:
+        """The tensors that belong to no layer."""
+        return self.outside
+
+    def may_lack(self, index: int, kind: str) -> bool:
+        """Whether llama.cpp can do without a tensor of a layer."""
+        return False
 
     def amend_vocabulary(self, vocabulary: Vocabulary) -> None:
         """What llama.cpp wants to know of this architecture's tokenizer and the tokenizer's files do not say."""
@@ -174,7 +183,7 @@ class Architecture:
         found: dict[str, tuple[str, Rows]] = {}
         for stored_name, stored in tensors.items():
             known = next((stored_name.removesuffix(old) + new for old, new in self.renamed.items() if stored_name.endswith(old)), stored_name)
-            name = names.get_name(known, try_suffixes=(".weight", ".bias"))
+            name = names.get_name(known, try_suffixes=(".weight", ".bias", ".scale"))
             if name is None:
                 raise UnsupportedError(f"the checkpoint has {stored_name}, which a {self.gguf_name} model of {self.config.n_layers} layers does not have")
             if name in found:
@@ -196,7 +205,7 @@ class Architecture:
     def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that may be there."""
         sizes = self.sizes()
-        shapes: dict[str, Shape] = {**self.outside, "output": ("vocab", "model")}
+        shapes: dict[str, Shape] = {**self.outside_tensors(), "output": ("vocab", "model")}
         for index in range(self.config.n_layers):
             shapes |= {f"blk.{index}.{kind}": shape for kind, shape in self.layer_tensors(index).items()}
         biased = {name: shape for name, shape in shapes.items() if len(shape) <= 2 or _kind(name) in self.required_biases}
@@ -207,7 +216,13 @@ class Architecture:
     def _required(self, expected: Iterable[str]) -> list[str]:
         """Those of the expected tensors that must be there: all but the output matrix and most biases."""
         biases = tuple(f".{kind}.bias" for kind in {*(kind for kind, ending in ENDINGS.items() if ending == ".bias"), *self.required_biases})
-        return [name for name in expected if name != "output.weight" and (not name.endswith(".bias") or name.endswith(biases))]
+        return [
+            name for name in expected if name != "output.weight" and (not name.endswith(".bias") or name.endswith(biases)) and not self._may_lack(name)
+        ]
+
+    def _may_lack(self, name: str) -> bool:
+        match = _LAYER_TENSOR.fullmatch(name)
+        return match is not None and self.may_lack(int(match[1]), match[2])
 
 
 def _kind(name: str) -> str:

@@ -226,7 +226,7 @@ def _plan(folder: Path, path: Path, outtype: str, pre: str | None) -> tuple[Conv
 def _plan_from(config_json: dict[str, Any], folder: Path, path: Path, outtype: str, pre: str | None) -> tuple[Conversion, list[OutputTensor]]:
     architecture = architecture_for(config_json)
     checkpoint = read_checkpoint(folder)
-    vocabulary = read_vocabulary(folder, config_json, pre)
+    vocabulary = read_vocabulary(folder, config_json, pre, architecture.pieces)
     architecture.amend_vocabulary(vocabulary)
     vocabulary.pad(architecture.sizes()["vocab"])
     chosen = _chosen_outtype(outtype, checkpoint)

@@ -28,7 +28,7 @@ _PADDING_SCORE = -1e4
 class Vocabulary:
     """What ``tokenizer.*`` of a GGUF file says."""
 
-    model: str  # "gpt2": byte-level BPE by merges; "llama": SentencePiece's BPE by scores
+    model: str  # "gpt2": byte-level BPE by merges; "llama": SentencePiece's BPE by scores; "gemma4": by merges
     pre: str
     tokens: list[str]
     types: list[TokenType]

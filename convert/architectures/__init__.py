@@ -13,6 +13,7 @@ from ..architecture import Architecture
 from .deepseek import DeepseekV3
 from .ernie import Ernie45
 from .gemma import Gemma2, Gemma3
+from .gemma4 import Gemma4
 from .glm import Glm4, Glm4Moe, Glm4MoeLite
 from .gpt2 import Gpt2
 from .gpt_oss import GptOss
@@ -40,6 +41,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Qwen35Moe,
     Gemma2,
     Gemma3,
+    Gemma4,
     Phi3,
     Glm4,
     Glm4Moe,

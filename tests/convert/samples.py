@@ -221,6 +221,17 @@ _MINISTRAL = {
     "llama_4_scaling_beta": 0.1,
 }
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "sliding_window": 8, "bos_token_id": 1, "eos_token_id": 2}
+_GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "vocab_size_per_layer_input": N_TOKENS,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _EXPERTS = {"num_experts_per_tok": 2}
 _DELTA_NET = {
     "head_dim": 32,
@@ -276,6 +287,24 @@ SAMPLES: dict[str, Sample] = {
     "qwen-3.5-moe": Sample("Qwen3_5MoeTextConfig", byte_level(QWEN35_WORDS, nfc=True), {**_DELTA_NET, **_SHARED_EXPERT}),
     "gemma-2": Sample("Gemma2Config", sentencepiece(prefix=False), _GEMMA),
     "gemma-3": Sample("Gemma3TextConfig", sentencepiece(prefix=False), {**_GEMMA, "num_hidden_layers": 7}),
+    "gemma-4": Sample(
+        "Gemma4TextConfig", sentencepiece(prefix=False), {**_GEMMA4, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+    ),
+    "gemma-4-moe": Sample(
+        "Gemma4TextConfig",
+        sentencepiece(prefix=False),
+        {
+            **_GEMMA4,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
     "phi-3": Sample("Phi3Config", sentencepiece(), {"num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2}),
     "phi-3-long": Sample(
         "Phi3Config",
@@ -345,6 +374,8 @@ def save_sample(name: str, folder: Path, dtype: str = "float32", shard_size: str
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):  # a weight of the router that no gradient trains
                 buffer.copy_(0.15 * torch.randn_like(buffer))
+            if buffer_name.endswith("layer_scalar"):
+                buffer += 0.2 * torch.randn_like(buffer)
     model = model.to(getattr(torch, dtype))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, max_shard_size=shard_size)

@@ -25,7 +25,7 @@ pytest.importorskip("transformers", reason="llama.cpp's converter needs transfor
 pytest.importorskip("torch", reason="llama.cpp's converter needs torch")
 
 # It reads these only with tokenizer.model.
-NEEDS_MODEL = {"gemma-2": False, "gemma-3": False, "phi-3": True, "ernie-4.5": True}
+NEEDS_MODEL = {"gemma-2": False, "gemma-3": False, "gemma-4": False, "gemma-4-moe": False, "phi-3": True, "ernie-4.5": True}
 # It takes a Phi-3 without tokenizer.model for a GPT-2 tokenizer, if told so.
 AS_GPT2 = ("phi-3-long",)
 
@@ -42,6 +42,8 @@ ONLY_OURS = (
     ".rope.freq_base",  # llama.cpp's default is 10000, ours is written always
     ".rope.freq_base_swa",
     ".vocab_size",  # llama.cpp counts the tokens
+    ".final_logit_softcapping",  # Gemma 4 without: llama.cpp's converter leaves it out, and llama.cpp takes 30 then
+    "tokenizer.ggml.pre",  # Gemma 4: llama.cpp goes by the tokenizer's model
     ".rope.scaling.type",  # Phi-3: llama.cpp goes by the factors
     ".attention.head_count_kv",  # GPT-2: equal to the heads
     "tokenizer.ggml.add_bos_token",  # where it leaves llama.cpp's default standing, ours says what the tokenizer's template says
@@ -118,5 +120,5 @@ def _compare_metadata(ours: gguf.GGUFReader, theirs: gguf.GGUFReader) -> None:
     mine, reference = ({key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")} for reader in (ours, theirs))
     assert {key for key in mine.keys() - reference.keys() if not key.endswith(ONLY_OURS)} == set()
     assert {key for key in reference.keys() - mine.keys() if not key.startswith("general.")} == set()
-    shared = mine.keys() & reference.keys() - (DIFFERENT if mine["tokenizer.ggml.model"] == "llama" else set())
+    shared = mine.keys() & reference.keys() - (DIFFERENT if mine["tokenizer.ggml.model"] in ("llama", "gemma4") else set())
     assert {key: (mine[key], reference[key]) for key in shared if mine[key] != reference[key] and not key.startswith("general.")} == {}

@@ -46,7 +46,7 @@ EXPERTS: Mapping[str, Shape] = {
 }
 
 # Tensors of a layer whose names do not end in ".weight".
-ENDINGS: Mapping[str, str] = {"ssm_a": "", "ssm_dt": ".bias", "exp_probs_b": ".bias", "scale": ""}
+ENDINGS: Mapping[str, str] = {"ssm_a": "", "ssm_d": "", "ssm_dt": ".bias", "exp_probs_b": ".bias", "scale": ""}
 
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+(?:\.\w+)??)(?:\.(?:weight|bias))?")
 _MOST_LAYERS = 512  # llama.cpp's limit
@@ -82,6 +82,11 @@ class Architecture:
                 raise UnsupportedError(
                     f"the model has {name} = {self.config.get(name)!r}, but llama.cpp computes {self.gguf_name} models with {allowed[0]!r}"
                 )
+
+    @classmethod
+    def for_config(cls, config_json: Mapping[str, Any]) -> Architecture:
+        """An instance; a class that llama.cpp knows under several names decides which it is."""
+        return cls(config_json)
 
     def notices(self) -> list[str]:
         """What the user should know: where llama.cpp computes something else than transformers."""

@@ -174,6 +174,18 @@ class Reshaped(Rows):
         return self._source.read(start, stop)
 
 
+class Folded(Rows):
+    """A vector as a small matrix."""
+
+    def __init__(self, source: Rows, shape: tuple[int, int]) -> None:
+        assert source.shape == (math.prod(shape),)
+        self._source = source
+        self.shape = shape
+
+    def read(self, start: int, stop: int) -> Block:
+        return self._source.read(0, 1).reshape(self.shape)[start:stop]
+
+
 class Stacked(Rows):
     """Matrices of equal shape as one tensor with a leading dimension: the experts of a layer."""
 

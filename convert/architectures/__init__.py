@@ -18,6 +18,7 @@ from .glm import Glm4, Glm4Moe, Glm4MoeLite
 from .gpt2 import Gpt2
 from .gpt_oss import GptOss
 from .granite import Granite
+from .granite_hybrid import GraniteHybrid
 from .lfm import Lfm2
 from .llama import Llama, Mistral, Mistral3, Mixtral
 from .minimax import MiniMaxM2
@@ -49,6 +50,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Olmo2,
     Olmo3,
     Granite,
+    GraniteHybrid,
     Ernie45,
     Lfm2,
     MiniMaxM2,
@@ -72,7 +74,7 @@ def architecture_for(config_json: dict[str, Any]) -> Architecture:
         raise DataError('config.json does not name its model class ("architectures")')
     for name in classes:
         if name in _BY_CLASS:
-            return _BY_CLASS[name]({**config_json, **(config_json.get("text_config") or {})})
+            return _BY_CLASS[name].for_config({**config_json, **(config_json.get("text_config") or {})})
     raise UnsupportedError(
         f"{', '.join(map(str, classes))} cannot be converted: supported are {', '.join(sorted(_BY_CLASS))}; for others, --upstream LLAMA_CPP_CHECKOUT "
         "(upstream= in Python) runs llama.cpp's own converter"

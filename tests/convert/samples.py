@@ -263,6 +263,18 @@ _LATENT = {
     "v_head_dim": 32,
 }
 _YARN_ALL = {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+_GRANITE4 = {
+    "layer_types": ["mamba", "attention", "mamba"],
+    "shared_intermediate_size": 96,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 4.0,
+}
+_NO_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0}
 _SHARED_EXPERT = {"num_experts": 4, **_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 
 SAMPLES: dict[str, Sample] = {
@@ -288,7 +300,9 @@ SAMPLES: dict[str, Sample] = {
     "gemma-2": Sample("Gemma2Config", sentencepiece(prefix=False), _GEMMA),
     "gemma-3": Sample("Gemma3TextConfig", sentencepiece(prefix=False), {**_GEMMA, "num_hidden_layers": 7}),
     "gemma-4": Sample(
-        "Gemma4TextConfig", sentencepiece(prefix=False), {**_GEMMA4, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+        "Gemma4TextConfig",
+        sentencepiece(prefix=False),
+        {**_GEMMA4, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 3, "use_double_wide_mlp": True},
     ),
     "gemma-4-moe": Sample(
         "Gemma4TextConfig",
@@ -342,6 +356,13 @@ SAMPLES: dict[str, Sample] = {
     ),
     "deepseek-v3": Sample(
         "DeepseekV3Config", byte_level(*DEEPSEEK3_WORDS), {**_LATENT, **_ROUTED, "scoring_func": "sigmoid", "rope_parameters": _YARN_ALL}
+    ),
+    "granite-4": Sample("GraniteMoeHybridConfig", byte_level(LLAMA3_WORDS), {**_GRANITE4, "num_local_experts": 4, **_EXPERTS}),
+    "granite-4-dense": Sample("GraniteMoeHybridConfig", byte_level(LLAMA3_WORDS), {**_GRANITE4, **_NO_EXPERTS, "mamba_n_groups": 1}),
+    "granite-4-attention": Sample(
+        "GraniteMoeHybridConfig",
+        byte_level(LLAMA3_WORDS),
+        {**_GRANITE4, **_NO_EXPERTS, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
     ),
     "olmo-3": Sample("Olmo3Config", byte_level(LLAMA3_WORDS), {"sliding_window": 8, "num_hidden_layers": 5}),
     "olmo-2": Sample("Olmo2Config", byte_level(LLAMA3_WORDS)),

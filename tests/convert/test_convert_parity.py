@@ -76,9 +76,18 @@ def _save(name: str, folder: Path) -> None:
     if name in NEEDS_MODEL:
         sentencepiece(prefix=NEEDS_MODEL[name], keep_model=True)(folder)
     changes: dict[str, dict[str, Any]] = {"config.json": {"n_ctx": 256} if name == "gpt-2" else {}}
+    changes["config.json"] |= _as_published(name, json.loads((folder / "config.json").read_text()))
     changes["tokenizer_config.json"] = {"tokenizer_class": "GPT2Tokenizer"} if name in AS_GPT2 else {}
     for file, values in changes.items():
-        (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **values}))
+        changed = {**json.loads((folder / file).read_text()), **values}
+        (folder / file).write_text(json.dumps({key: value for key, value in changed.items() if value is not None or key not in values}))
+
+
+def _as_published(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What it does not understand as transformers saves it."""
+    if name.startswith("granite-4"):
+        return {"layer_types": ["attention" if kind == "full_attention" else "mamba" for kind in config["layer_types"]]}
+    return {}
 
 
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])

@@ -46,7 +46,7 @@ EXPERTS: Mapping[str, Shape] = {
 }
 
 # Tensors of a layer whose names do not end in ".weight".
-ENDINGS: Mapping[str, str] = {"ssm_a": "", "ssm_dt": ".bias"}
+ENDINGS: Mapping[str, str] = {"ssm_a": "", "ssm_d": "", "ssm_dt": ".bias", "exp_probs_b": ".bias", "scale": ""}
 
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+(?:\.\w+)??)(?:\.(?:weight|bias))?")
 _MOST_LAYERS = 512  # llama.cpp's limit
@@ -63,11 +63,13 @@ class Architecture:
     outside: ClassVar[Mapping[str, Shape]] = {"token_embd": ("vocab", "model"), "output_norm": ("model",)}
     rotary_pairs: ClassVar[bool] = False  # llama.cpp rotates neighbouring channels of this architecture
     norm_offset: ClassVar[float] = 0.0  # added to norm weights
+    required_biases: ClassVar[frozenset[str]] = frozenset()  # tensors that llama.cpp does not load without a bias
     transposed: ClassVar[frozenset[str]] = frozenset()  # tensors stored as [in, out]
     ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)  # endings of names that llama.cpp does not need
     renamed: ClassVar[Mapping[str, str]] = {}  # an ending of a tensor's name -> the one that gguf's map knows
     aliases: ClassVar[Mapping[str, str]] = {}  # the usual name of a config value <- the one this class gives it
     copied_keys: ClassVar[Mapping[str, tuple[str, type]]] = {}  # further GGUF keys (less the architecture) <- config names and their type
+    pieces: ClassVar[str] = "llama"  # llama.cpp's name of a tokenizer of pieces with bytes to fall back to: "llama" joins by scores, "gemma4" by merges
     special_tokens: ClassVar[Mapping[str, str]] = {}  # bos, eos, eot ... <- their text, where tokenizer_config.json names none
     taken_for_granted: ClassVar[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu", "swish")}  # what llama.cpp computes, whatever the config says
 
@@ -81,6 +83,11 @@ class Architecture:
                     f"the model has {name} = {self.config.get(name)!r}, but llama.cpp computes {self.gguf_name} models with {allowed[0]!r}"
                 )
 
+    @classmethod
+    def for_config(cls, config_json: Mapping[str, Any]) -> Architecture:
+        """An instance; a class that llama.cpp knows under several names decides which it is."""
+        return cls(config_json)
+
     def notices(self) -> list[str]:
         """What the user should know: where llama.cpp computes something else than transformers."""
         return []
@@ -88,6 +95,14 @@ class Architecture:
     def layer_tensors(self, index: int) -> Mapping[str, Shape]:
         """The tensors of one layer: hybrids have layers of several kinds."""
         return self.layer
+
+    def outside_tensors(self) -> Mapping[str, Shape]:
+        """The tensors that belong to no layer."""
+        return self.outside
+
+    def may_lack(self, index: int, kind: str) -> bool:
+        """Whether llama.cpp can do without a tensor of a layer."""
+        return False
 
     def amend_vocabulary(self, vocabulary: Vocabulary) -> None:
         """What llama.cpp wants to know of this architecture's tokenizer and the tokenizer's files do not say."""
@@ -146,7 +161,7 @@ class Architecture:
             DataError: a tensor is missing, comes twice, or contradicts config.json in its shape.
         """
         expected = self._expected_shapes()
-        found = self._renamed(self._parted(with_stacked_experts(text_part(checkpoint, self.ignored), self.sizes().get("experts", 0))))
+        found = self._renamed(self._parted(self._stacked(text_part(checkpoint, self.ignored))))
         if self.config["tie_word_embeddings"]:
             found.pop("output.weight", None)
         else:
@@ -159,6 +174,10 @@ class Architecture:
             raise DataError(f"the checkpoint lacks {len(missing)} tensors of a {self.gguf_name} model of {self.config.n_layers} layers: {_some(missing)}")
         return dict(sorted({**tensors, **self.computed_tensors()}.items(), key=lambda item: _file_order(item[0])))
 
+    def _stacked(self, tensors: dict[str, Rows]) -> dict[str, Rows]:
+        """The checkpoint's tensors, each matrix of the experts in one."""
+        return with_stacked_experts(tensors, self.sizes().get("experts", 0))
+
     def _parted(self, tensors: dict[str, Rows]) -> dict[str, Rows]:
         """The checkpoint's tensors, those that llama.cpp has in several parts split."""
         return tensors
@@ -169,7 +188,7 @@ class Architecture:
         found: dict[str, tuple[str, Rows]] = {}
         for stored_name, stored in tensors.items():
             known = next((stored_name.removesuffix(old) + new for old, new in self.renamed.items() if stored_name.endswith(old)), stored_name)
-            name = names.get_name(known, try_suffixes=(".weight", ".bias"))
+            name = names.get_name(known, try_suffixes=(".weight", ".bias", ".scale"))
             if name is None:
                 raise UnsupportedError(f"the checkpoint has {stored_name}, which a {self.gguf_name} model of {self.config.n_layers} layers does not have")
             if name in found:
@@ -191,17 +210,29 @@ class Architecture:
     def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that may be there."""
         sizes = self.sizes()
-        shapes: dict[str, Shape] = {**self.outside, "output": ("vocab", "model")}
+        shapes: dict[str, Shape] = {**self.outside_tensors(), "output": ("vocab", "model")}
         for index in range(self.config.n_layers):
             shapes |= {f"blk.{index}.{kind}": shape for kind, shape in self.layer_tensors(index).items()}
-        biases = {f"{name}.bias": (sizes[shape[0]],) for name, shape in shapes.items() if len(shape) <= 2}
-        weights = {name + ENDINGS.get(name.rpartition(".")[2], ".weight"): tuple(sizes[size] for size in shape) for name, shape in shapes.items()}
+        biased = {name: shape for name, shape in shapes.items() if len(shape) <= 2 or _kind(name) in self.required_biases}
+        biases = {f"{name}.bias": tuple(sizes[size] for size in shape[: max(1, len(shape) - 1)]) for name, shape in biased.items()}
+        weights = {name + ENDINGS.get(_kind(name), ".weight"): tuple(sizes[size] for size in shape) for name, shape in shapes.items()}
         return biases | weights
 
     def _required(self, expected: Iterable[str]) -> list[str]:
-        """Those of the expected tensors that must be there: all but the biases and the output matrix."""
-        biases = tuple(f".{kind}.bias" for kind, ending in ENDINGS.items() if ending == ".bias")
-        return [name for name in expected if name != "output.weight" and (not name.endswith(".bias") or name.endswith(biases))]
+        """Those of the expected tensors that must be there: all but the output matrix and most biases."""
+        biases = tuple(f".{kind}.bias" for kind in {*(kind for kind, ending in ENDINGS.items() if ending == ".bias"), *self.required_biases})
+        return [
+            name for name in expected if name != "output.weight" and (not name.endswith(".bias") or name.endswith(biases)) and not self._may_lack(name)
+        ]
+
+    def _may_lack(self, name: str) -> bool:
+        match = _LAYER_TENSOR.fullmatch(name)
+        return match is not None and self.may_lack(int(match[1]), match[2])
+
+
+def _kind(name: str) -> str:
+    """``attn_q`` of ``blk.0.attn_q``."""
+    return name.rpartition(".")[2]
 
 
 def _require_output(found: Mapping[str, object]) -> None:

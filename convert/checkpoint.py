@@ -12,10 +12,12 @@ import numpy as np
 
 from gearcpp.errors import DataError, UnsupportedError
 
+from .mxfp4 import Mxfp4
 from .rows import Block, Rows
 
 # numpy knows no bfloat16: its bits are the upper half of a float32's.
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_READABLE = {**_STORED, "U8": np.uint8}  # bytes of quantized weights, for those who know what is in them
 _HEADER_LIMIT = 100_000_000  # of the safetensors format
 
 
@@ -29,7 +31,7 @@ class StoredTensor(Rows):
     offset: int
 
     def read(self, start: int, stop: int) -> Block:
-        stored, count = np.dtype(_STORED[self.dtype]), (stop - start) * self.n_columns
+        stored, count = np.dtype(_READABLE[self.dtype]), (stop - start) * self.n_columns
         try:
             values = np.fromfile(self.path, stored, count, offset=self.offset + start * self.n_columns * stored.itemsize)
         except OSError as error:
@@ -56,7 +58,7 @@ class PickledTensor(Rows):
         return values
 
 
-Checkpoint = dict[str, StoredTensor | PickledTensor]
+Checkpoint = dict[str, StoredTensor | PickledTensor | Mxfp4]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -136,7 +138,7 @@ def _stored_tensor(path: Path, name: str, entry: dict[str, Any], data_start: int
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if data_start + end > file_size:
         raise DataError(f"{path} is truncated: tensor {name} ends at byte {data_start + end}, the file has {file_size}")
-    if dtype in _STORED and end - begin != math.prod(shape) * np.dtype(_STORED[dtype]).itemsize:
+    if dtype in _READABLE and end - begin != math.prod(shape) * np.dtype(_READABLE[dtype]).itemsize:
         raise DataError(f"{path} is damaged: tensor {name} of shape {list(shape)} and type {dtype} cannot have {end - begin} bytes")
     return StoredTensor(path, dtype, shape, data_start + begin)
 
@@ -155,7 +157,25 @@ def _read_pickle(path: Path) -> Checkpoint:
     return {name: PickledTensor(tensor) for name, tensor in tensors.items()}
 
 
-def require_numeric(name: str, tensor: StoredTensor | PickledTensor) -> None:
+def with_mxfp4(checkpoint: Checkpoint) -> Checkpoint:
+    """Blocks and scales joined to one tensor of MXFP4, under the name before ``_blocks`` and ``_scales``.
+
+    Raises:
+        DataError: one is there without the other, or their shapes do not fit.
+    """
+    joined: Checkpoint = {}
+    for name, tensor in checkpoint.items():
+        stem = name.removesuffix("_blocks").removesuffix("_scales")
+        if stem == name:
+            joined[name] = tensor
+        elif {f"{stem}_blocks", f"{stem}_scales"} <= checkpoint.keys():
+            joined[stem] = Mxfp4(stem, checkpoint[f"{stem}_blocks"], checkpoint[f"{stem}_scales"])
+        else:
+            raise DataError(f"the checkpoint has {name} alone: blocks of MXFP4 need their scales, and scales their blocks")
+    return joined
+
+
+def require_numeric(name: str, tensor: StoredTensor | PickledTensor | Mxfp4) -> None:
     """Refuse integer and 8-bit checkpoints, which need scales that this converter does not read."""
-    if tensor.dtype not in _STORED:
+    if tensor.dtype not in _STORED and not isinstance(tensor, Mxfp4):
         raise UnsupportedError(f"tensor {name} has type {tensor.dtype}: only {', '.join(_STORED)} can be converted; get the unquantized model")

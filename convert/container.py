@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from gearcpp.errors import DataError
 
 from .metadata import Value
-from .rows import Rows
+from .rows import Encoded, Rows
 
 Progress = Callable[[str, int], None]  # name of the tensor, bytes written since the last call
 
@@ -33,6 +35,11 @@ class OutputTensor:
     def n_bytes(self) -> int:
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
         return self.rows.n_rows * self.rows.n_columns // block * block_bytes
+
+    def encoded_blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """The tensor's bytes, a block of rows at a time."""
+        for start, stop in self.rows.spans():
+            yield self.rows.read_encoded(start, stop) if isinstance(self.rows, Encoded) else gguf.quantize(self.rows.read(start, stop), self.type)
 
 
 @contextmanager
@@ -79,8 +86,7 @@ def write_gguf(path: Path, architecture: str, metadata: Mapping[str, Value], ten
     try:
         for tensor in tensors:
             writer.write_padding(file, file.tell())
-            for block in tensor.rows.blocks():
-                encoded = gguf.quantize(block, tensor.type)
+            for encoded in tensor.encoded_blocks():
                 file.write(np.ascontiguousarray(encoded).data)
                 if progress:
                     progress(tensor.name, encoded.nbytes)

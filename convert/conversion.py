@@ -27,7 +27,7 @@ from .hub import model_folder
 from .metadata import Metadata
 from .quantization import check_type, quantize_model
 from .recovery import Recovery, recover_error
-from .rows import Rows
+from .rows import Encoded, Rows
 from .tokenizer_files import read_vocabulary
 from .upstream import check_checkout, run_converter
 from .verification import Finite, check_file, check_finite, check_tokens
@@ -136,7 +136,7 @@ def convert_model(
     if dry_run:
         return conversion
     if verify:
-        tensors = [replace(tensor, rows=Finite(tensor.name, tensor.rows)) for tensor in tensors]
+        tensors = [tensor if isinstance(tensor.rows, Encoded) else replace(tensor, rows=Finite(tensor.name, tensor.rows)) for tensor in tensors]
     with replacing(path) as temporary:
         write_gguf(temporary, conversion.architecture, conversion.metadata, tensors, progress)
         notices = conversion.notices
@@ -226,7 +226,7 @@ def _plan(folder: Path, path: Path, outtype: str, pre: str | None) -> tuple[Conv
 def _plan_from(config_json: dict[str, Any], folder: Path, path: Path, outtype: str, pre: str | None) -> tuple[Conversion, list[OutputTensor]]:
     architecture = architecture_for(config_json)
     checkpoint = read_checkpoint(folder)
-    vocabulary = read_vocabulary(folder, config_json, pre)
+    vocabulary = read_vocabulary(folder, config_json, pre, architecture.pieces)
     architecture.amend_vocabulary(vocabulary)
     vocabulary.pad(architecture.sizes()["vocab"])
     chosen = _chosen_outtype(outtype, checkpoint)
@@ -259,7 +259,9 @@ def _chosen_outtype(outtype: str, checkpoint: Checkpoint) -> str:
 
 
 def _tensor_type(name: str, rows: Rows, wanted: Type) -> Type:
-    if len(rows.shape) == 1 or name.endswith(_ALWAYS_F32):
+    if isinstance(rows, Encoded):
+        return rows.type
+    if len(rows.shape) == 1 or name.endswith(_ALWAYS_F32) or not name.endswith(".weight"):
         return Type.F32
     if rows.n_columns % gguf.GGML_QUANT_SIZES[wanted][0]:
         return Type.F16  # a row must be whole blocks

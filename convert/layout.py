@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 from gearcpp.errors import DataError
 
 from .checkpoint import Checkpoint, require_numeric
-from .rows import Reshaped, Rows, RowsOfEach, Stacked
+from .rows import Mapped, Reshaped, Rows, RowsOfEach, Stacked
 
 # Multimodal models keep their text model under a prefix of its own.
 _TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.", ""))
@@ -67,6 +69,11 @@ def _stack(name: str, by_index: dict[int, Rows], n_experts: int) -> Rows:
     if len({rows.shape for rows in by_index.values()}) > 1:
         raise DataError(f"{name}: the experts differ in shape")
     return Stacked([by_index[index] for index in indices])
+
+
+def decay(rows: Rows) -> Rows:
+    """What a state-space layer's state decays by, which checkpoints hold as the logarithm of its negative."""
+    return Mapped(rows, lambda block: -np.exp(block.astype(np.float64)).astype(np.float32))  # the nearest float32 on every machine
 
 
 def squeezed(rows: Rows) -> Rows:

@@ -35,6 +35,12 @@ def _marked_words(digits: str) -> str:
     return rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|{digits}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINE_ENDS}"
 
 
+# DeepSeek-V3: numbers, then Chinese and Japanese, then words with what stands before them.
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|""" + _LINE_ENDS,
+)
 _CL100K = _words(r"\p{N}{1,3}")
 
 # rules in order -> (name for merges always, name for whole words first)
@@ -47,6 +53,7 @@ _NAMES: dict[tuple[str, ...], tuple[str | None, str | None]] = {
     (_CL100K,): ("dbrx", "llama-bpe"),
     (_cased_words(f"{_CONTRACTION}?", r"\p{N}{1,3}"),): ("gpt-4o", None),
     (_cased_words("", _ONE_DIGIT),): (None, "tekken"),
+    _DEEPSEEK3: ("deepseek-v3", None),
 }
 
 # Whose expressions in llama.cpp say letter where the tokenizer says letter or mark.
@@ -95,5 +102,5 @@ def _rules(step: dict[str, Any]) -> list[str]:
             "behavior": "Removed",
             "invert": True,
         }:
-            return [regex]
+            return [regex.replace("\r", r"\r").replace("\n", r"\n")]  # some files have the line ends themselves
     raise UnsupportedError(f"the tokenizer's pre-tokenizer step {step} has no equivalent in llama.cpp; force one with --pre if you know it to do the same")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 
@@ -36,11 +38,29 @@ class Rows(ABC):
     def read(self, start: int, stop: int) -> Block:
         """Rows ``start`` to ``stop``: float32 ``[stop - start, n_columns]``."""
 
-    def blocks(self) -> Iterator[Block]:
-        """All rows in order, at most `BLOCK_ELEMENTS` numbers (or one row) at a time."""
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """All rows in order, at most `BLOCK_ELEMENTS` numbers (or one row) at a time, by their first and the one after their last."""
         step = max(1, BLOCK_ELEMENTS // self.n_columns)
         for start in range(0, self.n_rows, step):
-            yield self.read(start, min(start + step, self.n_rows))
+            yield start, min(start + step, self.n_rows)
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows of each of the spans."""
+        for start, stop in self.spans():
+            yield self.read(start, stop)
+
+
+class Encoded(Rows):
+    """A tensor that is in one of ggml's types already, and is written as it is."""
+
+    type: ClassVar[gguf.GGMLQuantizationType]
+
+    @abstractmethod
+    def read_encoded(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows ``start`` to ``stop``: uint8 ``[stop - start, bytes of a row]``."""
+
+    def read(self, start: int, stop: int) -> Block:
+        return np.asarray(gguf.dequantize(self.read_encoded(start, stop), self.type), dtype=np.float32)
 
 
 class Computed(Rows):
@@ -154,6 +174,18 @@ class Reshaped(Rows):
         return self._source.read(start, stop)
 
 
+class Folded(Rows):
+    """A vector as a small matrix."""
+
+    def __init__(self, source: Rows, shape: tuple[int, int]) -> None:
+        assert source.shape == (math.prod(shape),)
+        self._source = source
+        self.shape = shape
+
+    def read(self, start: int, stop: int) -> Block:
+        return self._source.read(0, 1).reshape(self.shape)[start:stop]
+
+
 class Stacked(Rows):
     """Matrices of equal shape as one tensor with a leading dimension: the experts of a layer."""
 
@@ -184,4 +216,24 @@ class RowsOfEach(Rows):
         for index in range(start // rows_each, -(-stop // rows_each)):
             base, stored = index * rows_each, index * stored_each + self._first
             blocks.append(self._source.read(stored + max(start - base, 0), stored + min(stop - base, rows_each)))
+        return np.concatenate(blocks)
+
+
+class ColumnsOfEach(Rows):
+    """Every step-th column of each matrix of a stack, as rows: experts that are stored [in, out], gate and up in turns."""
+
+    def __init__(self, source: Rows, first: int = 0, step: int = 1) -> None:
+        self._source = source
+        self._columns = range(source.shape[2])[first::step]
+        self.shape = (source.shape[0], len(self._columns), source.shape[1])
+
+    def read(self, start: int, stop: int) -> Block:
+        rows_each, stored_each = self.shape[1], self._source.shape[1]
+        at_once = max(1, BLOCK_ELEMENTS // self._source.n_columns)
+        blocks = []
+        for index in range(start // rows_each, -(-stop // rows_each)):
+            columns = self._columns[max(start - index * rows_each, 0) : stop - index * rows_each]
+            first, last = index * stored_each, (index + 1) * stored_each
+            pieces = (self._source.read(at, min(at + at_once, last))[:, columns.start : columns.stop : columns.step] for at in range(first, last, at_once))
+            blocks.append(np.concatenate([piece.T for piece in pieces], axis=1))
         return np.concatenate(blocks)

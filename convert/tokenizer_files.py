@@ -24,8 +24,10 @@ _MOST_GAPS = 1_000_000  # ids without a token
 Merges = list[tuple[str, str]]
 
 
-def read_vocabulary(folder: Path, config_json: Mapping[str, Any], forced_pre: str | None = None) -> Vocabulary:
+def read_vocabulary(folder: Path, config_json: Mapping[str, Any], forced_pre: str | None = None, pieces: str = "llama") -> Vocabulary:
     """The tokenizer of a folder: tokenizer.json, which is what transformers uses, or tokenizer.model where there is no such file.
+
+    pieces: what llama.cpp calls a SentencePiece-like tokenizer of this model, see `Architecture.pieces`.
 
     Raises:
         DataError: no tokenizer, or a damaged one.
@@ -33,11 +35,13 @@ def read_vocabulary(folder: Path, config_json: Mapping[str, Any], forced_pre: st
     """
     if tokenizer := read_json(folder / "tokenizer.json"):
         try:
-            vocabulary = _from_json(tokenizer, forced_pre)
+            vocabulary = _from_json(tokenizer, forced_pre, pieces)
         except GearError:
             raise
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / 'tokenizer.json'} is damaged: {type(error).__name__} {error}") from error
+    elif pieces != "llama":
+        raise DataError(f"{folder} has no tokenizer.json, whose merges this model's tokenizer needs")
     elif (folder / "tokenizer.model").is_file():
         vocabulary = _from_sentencepiece(folder)
     else:
@@ -50,7 +54,7 @@ def read_vocabulary(folder: Path, config_json: Mapping[str, Any], forced_pre: st
 # ---- tokenizer.json
 
 
-def _from_json(tokenizer: Mapping[str, Any], forced_pre: str | None) -> Vocabulary:
+def _from_json(tokenizer: Mapping[str, Any], forced_pre: str | None, pieces: str) -> Vocabulary:
     model = tokenizer["model"]
     if model["type"] != "BPE":
         raise UnsupportedError(
@@ -62,7 +66,7 @@ def _from_json(tokenizer: Mapping[str, Any], forced_pre: str | None) -> Vocabula
         raise ConfigError("pre is for byte-level tokenizers, this is SentencePiece's")
     pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     merges = [(left, right) for left, right in pairs]
-    vocabulary = _sentencepiece_bpe(tokenizer, merges) if model.get("byte_fallback") else _byte_level_bpe(tokenizer, merges, forced_pre)
+    vocabulary = _sentencepiece_bpe(tokenizer, merges, pieces) if model.get("byte_fallback") else _byte_level_bpe(tokenizer, merges, forced_pre)
     added = tokenizer.get("added_tokens") or []
     for token in added:
         if vocabulary.special_ids.get("unk") != token["id"]:
@@ -101,11 +105,14 @@ def _byte_level_bpe(tokenizer: Mapping[str, Any], merges: Merges, forced_pre: st
     return vocabulary
 
 
-def _sentencepiece_bpe(tokenizer: Mapping[str, Any], merges: Merges) -> Vocabulary:
+def _sentencepiece_bpe(tokenizer: Mapping[str, Any], merges: Merges, pieces: str) -> Vocabulary:
     model = tokenizer["model"]
     tokens, types = _tokens_by_id(model["vocab"])
-    vocabulary = Vocabulary("llama", "default", tokens, types)
+    by_scores = pieces == "llama"
+    vocabulary = Vocabulary(pieces, "default" if by_scores else pieces, tokens, types)
     vocabulary.scores = _scores_of_merges(tokens, merges)
+    if not by_scores:
+        vocabulary.merges = [f"{left} {right}" for left, right in merges]
     for index, token in enumerate(tokens):
         if _BYTE.fullmatch(token):
             types[index] = TokenType.BYTE
@@ -116,7 +123,8 @@ def _sentencepiece_bpe(tokenizer: Mapping[str, Any], merges: Merges) -> Vocabula
         raise UnsupportedError("the tokenizer falls back to bytes but has no tokens <0x00> ... <0xFF>, which llama.cpp needs")
     vocabulary.flags["add_space_prefix"] = _adds_space_prefix(tokenizer, tokens, vocabulary.notices)
     added = {token["content"] for token in tokenizer.get("added_tokens") or []}
-    vocabulary.notices += _merge_notices((token for token in model["vocab"] if token not in added and not _BYTE.fullmatch(token)), merges)
+    if by_scores:
+        vocabulary.notices += _merge_notices((token for token in model["vocab"] if token not in added and not _BYTE.fullmatch(token)), merges)
     return vocabulary
 
 

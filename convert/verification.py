@@ -51,8 +51,7 @@ def check_file(path: Path, tensors: list[OutputTensor]) -> None:
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for tensor in tensors:
         offset = written[tensor.name].data_offset
-        for block in tensor.rows.blocks():
-            encoded = gguf.quantize(block, tensor.type)
+        for encoded in tensor.encoded_blocks():
             stored = np.fromfile(path, np.uint8, encoded.nbytes, offset=offset)
             if stored.tobytes() != encoded.tobytes():
                 raise DataError(f"{tensor.name} in {path} is not what was written: the disk or the memory is faulty")

@@ -18,7 +18,8 @@ from .metadata import Metadata
 # Models add tokens such as <|im_start|> as ordinary text now and then; users' text must not be able to write them.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused\d*>|<pad>|<mask>")
 _SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask")
-_ID_KEYS = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}  # as GGUF spells them
+# As GGUF spells them.
+_ID_KEYS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
 _PADDING_SCORE = -1e4
 
@@ -27,7 +28,7 @@ _PADDING_SCORE = -1e4
 class Vocabulary:
     """What ``tokenizer.*`` of a GGUF file says."""
 
-    model: str  # "gpt2": byte-level BPE by merges; "llama": SentencePiece's BPE by scores
+    model: str  # "gpt2": byte-level BPE by merges; "llama": SentencePiece's BPE by scores; "gemma4": by merges
     pre: str
     tokens: list[str]
     types: list[TokenType]

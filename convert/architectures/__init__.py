@@ -10,13 +10,18 @@ from typing import Any
 from gearcpp.errors import DataError, UnsupportedError
 
 from ..architecture import Architecture
+from .deepseek import DeepseekV3
 from .ernie import Ernie45
 from .gemma import Gemma2, Gemma3
-from .glm import Glm4
+from .gemma4 import Gemma4
+from .glm import Glm4, Glm4Moe, Glm4MoeLite
 from .gpt2 import Gpt2
+from .gpt_oss import GptOss
 from .granite import Granite
+from .granite_hybrid import GraniteHybrid
 from .lfm import Lfm2
 from .llama import Llama, Mistral, Mistral3, Mixtral
+from .minimax import MiniMaxM2
 from .olmo import Olmo2, Olmo3
 from .phi import Phi3
 from .qwen import Qwen2, Qwen3, Qwen3Moe
@@ -37,13 +42,20 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Qwen35Moe,
     Gemma2,
     Gemma3,
+    Gemma4,
     Phi3,
     Glm4,
+    Glm4Moe,
+    Glm4MoeLite,
     Olmo2,
     Olmo3,
     Granite,
+    GraniteHybrid,
     Ernie45,
     Lfm2,
+    MiniMaxM2,
+    GptOss,
+    DeepseekV3,
     Gpt2,
 )
 
@@ -62,7 +74,7 @@ def architecture_for(config_json: dict[str, Any]) -> Architecture:
         raise DataError('config.json does not name its model class ("architectures")')
     for name in classes:
         if name in _BY_CLASS:
-            return _BY_CLASS[name]({**config_json, **(config_json.get("text_config") or {})})
+            return _BY_CLASS[name].for_config({**config_json, **(config_json.get("text_config") or {})})
     raise UnsupportedError(
         f"{', '.join(map(str, classes))} cannot be converted: supported are {', '.join(sorted(_BY_CLASS))}; for others, --upstream LLAMA_CPP_CHECKOUT "
         "(upstream= in Python) runs llama.cpp's own converter"

@@ -1,5 +1,7 @@
 """Granite 3 (dense)."""
 
+from typing import ClassVar
+
 import gguf
 
 from .llama import Llama
@@ -8,7 +10,7 @@ from .llama import Llama
 class Granite(Llama):
     gguf_name = "granite"
     model_arch = gguf.MODEL_ARCH.GRANITE
-    classes = ("GraniteForCausalLM",)
+    classes: ClassVar[tuple[str, ...]] = ("GraniteForCausalLM",)
     copied_keys = {
         "attention.scale": ("attention_multiplier", float),
         "embedding_scale": ("embedding_multiplier", float),

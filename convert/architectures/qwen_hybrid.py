@@ -11,9 +11,9 @@ from gearcpp.errors import DataError
 
 from ..architecture import ATTENTION, EXPERTS, FEED_FORWARD, Architecture, Shape
 from ..checkpoint import Checkpoint
-from ..layout import squeezed
+from ..layout import decay, squeezed
 from ..metadata import Metadata
-from ..rows import Mapped, Rows, Selected, SelectedColumns
+from ..rows import Rows, Selected, SelectedColumns
 
 Indices = npt.NDArray[np.int64]
 
@@ -129,7 +129,7 @@ class _Hybrid(Architecture):
         if name.endswith("ssm_norm.weight"):
             return rows
         if name.endswith("ssm_a"):
-            return Mapped(rows, lambda block: -np.exp(block.astype(np.float64)).astype(np.float32))  # the nearest float32 on every machine
+            return decay(rows)
         return squeezed(rows) if ".ssm_conv1d." in name else super()._reordered(name, rows)
 
 

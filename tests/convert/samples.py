@@ -71,6 +71,12 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+X|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*X"
 _AFTER_CASED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT4O_WORDS = _CASED.replace("X", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"|\p{N}{1,3}" + _AFTER_CASED
+DEEPSEEK3_WORDS = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    """[!"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|"""
+    "\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 TEKKEN_WORDS = _CASED.replace("X", "") + r"|\p{N}" + _AFTER_CASED
 
 
@@ -215,6 +221,17 @@ _MINISTRAL = {
     "llama_4_scaling_beta": 0.1,
 }
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "sliding_window": 8, "bos_token_id": 1, "eos_token_id": 2}
+_GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "vocab_size_per_layer_input": N_TOKENS,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _EXPERTS = {"num_experts_per_tok": 2}
 _DELTA_NET = {
     "head_dim": 32,
@@ -225,6 +242,39 @@ _DELTA_NET = {
     "linear_key_head_dim": 32,  # equal to that of values, as in every published model: llama.cpp has one size for both
     "linear_value_head_dim": 32,
 }
+_GLM_MARKS = ("[gMASK]", "<|user|>", "<|observation|>")
+_ROUTED = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+    "n_group": 4,
+    "topk_group": 2,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+_YARN_ALL = {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+_GRANITE4 = {
+    "layer_types": ["mamba", "attention", "mamba"],
+    "shared_intermediate_size": 96,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 4.0,
+}
+_NO_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0}
 _SHARED_EXPERT = {"num_experts": 4, **_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 
 SAMPLES: dict[str, Sample] = {
@@ -249,6 +299,26 @@ SAMPLES: dict[str, Sample] = {
     "qwen-3.5-moe": Sample("Qwen3_5MoeTextConfig", byte_level(QWEN35_WORDS, nfc=True), {**_DELTA_NET, **_SHARED_EXPERT}),
     "gemma-2": Sample("Gemma2Config", sentencepiece(prefix=False), _GEMMA),
     "gemma-3": Sample("Gemma3TextConfig", sentencepiece(prefix=False), {**_GEMMA, "num_hidden_layers": 7}),
+    "gemma-4": Sample(
+        "Gemma4TextConfig",
+        sentencepiece(prefix=False),
+        {**_GEMMA4, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+    ),
+    "gemma-4-moe": Sample(
+        "Gemma4TextConfig",
+        sentencepiece(prefix=False),
+        {
+            **_GEMMA4,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
     "phi-3": Sample("Phi3Config", sentencepiece(), {"num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2}),
     "phi-3-long": Sample(
         "Phi3Config",
@@ -260,11 +330,39 @@ SAMPLES: dict[str, Sample] = {
     "glm-4": Sample(
         "Glm4Config", byte_level(LLAMA3_WORDS, whole_words_first=True, added=("<|user|>",)), {"head_dim": 16, "rms_norm_eps": 1e-5, "attention_bias": True}
     ),
+    "glm-4.5": Sample(
+        "Glm4MoeConfig",
+        byte_level(LLAMA3_WORDS, whole_words_first=True, added=_GLM_MARKS),
+        {"head_dim": 16, "use_qk_norm": True, "attention_bias": True, **_ROUTED},
+    ),
+    "glm-4.7-flash": Sample(
+        "Glm4MoeLiteConfig", byte_level(LLAMA3_WORDS, whole_words_first=True, added=_GLM_MARKS), {**_LATENT, **_ROUTED, "scoring_func": "sigmoid"}
+    ),
     "ernie-4.5": Sample("Ernie4_5Config", sentencepiece(), {"head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}),
     "lfm-2": Sample(
         "Lfm2Config",
         byte_level(LLAMA3_WORDS, whole_words_first=True),
         {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 32, "tie_word_embeddings": True},
+    ),
+    "minimax-m2": Sample(
+        "MiniMaxM2Config",
+        byte_level(GPT4O_WORDS),
+        {"intermediate_size": 32, "head_dim": 32, "rotary_dim": 16, "num_local_experts": 4, **_EXPERTS, "scoring_func": "sigmoid"},
+    ),
+    "gpt-oss": Sample(
+        "GptOssConfig",
+        byte_level(GPT4O_WORDS),
+        {"head_dim": 16, "intermediate_size": 32, "num_local_experts": 4, **_EXPERTS, "sliding_window": 8, "rope_parameters": _YARN},
+    ),
+    "deepseek-v3": Sample(
+        "DeepseekV3Config", byte_level(*DEEPSEEK3_WORDS), {**_LATENT, **_ROUTED, "scoring_func": "sigmoid", "rope_parameters": _YARN_ALL}
+    ),
+    "granite-4": Sample("GraniteMoeHybridConfig", byte_level(LLAMA3_WORDS), {**_GRANITE4, "num_local_experts": 4, **_EXPERTS}),
+    "granite-4-dense": Sample("GraniteMoeHybridConfig", byte_level(LLAMA3_WORDS), {**_GRANITE4, **_NO_EXPERTS, "mamba_n_groups": 1}),
+    "granite-4-attention": Sample(
+        "GraniteMoeHybridConfig",
+        byte_level(LLAMA3_WORDS),
+        {**_GRANITE4, **_NO_EXPERTS, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
     ),
     "olmo-3": Sample("Olmo3Config", byte_level(LLAMA3_WORDS), {"sliding_window": 8, "num_hidden_layers": 5}),
     "olmo-2": Sample("Olmo2Config", byte_level(LLAMA3_WORDS)),
@@ -294,11 +392,40 @@ def save_sample(name: str, folder: Path, dtype: str = "float32", shard_size: str
                 parameter += 0.2 * noise
             else:
                 parameter.copy_(0.15 * noise)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):  # a weight of the router that no gradient trains
+                buffer.copy_(0.15 * torch.randn_like(buffer))
+            if buffer_name.endswith("layer_scalar"):
+                buffer += 0.2 * torch.randn_like(buffer)
     model = model.to(getattr(torch, dtype))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, max_shard_size=shard_size)
     sample.tokenizer(folder)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def save_mxfp4(folder: Path, packed: Path, plain: Path, seed: int) -> None:
+    """The gpt-oss of `folder` with random experts: as blocks and scales of MXFP4 in `packed`, the same numbers as float32 in `plain`."""
+    from safetensors.numpy import load_file, save_file
+
+    random, numbers = np.random.default_rng(seed), np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    stored = load_file(folder / "model.safetensors")
+    as_packed = {name: tensor for name, tensor in stored.items() if not name.endswith("_proj")}
+    as_plain = dict(as_packed)
+    for name in stored.keys() - as_packed.keys():
+        n_experts, n_in, n_out = stored[name].shape
+        codes = random.integers(0, 16, (n_experts, n_out, n_in // 32, 32)).astype(np.uint8)
+        scales = random.integers(120, 127, codes.shape[:3]).astype(np.uint8)
+        as_packed |= {f"{name}_blocks": codes[..., ::2] | codes[..., 1::2] << 4, f"{name}_scales": scales}
+        values = np.ldexp(numbers[codes], scales[..., None].astype(np.int32) - 127)
+        as_plain[name] = np.ascontiguousarray(values.reshape(n_experts, n_out, n_in).swapaxes(1, 2))
+    for target, tensors in ((packed, as_packed), (plain, as_plain)):
+        target.mkdir()
+        for file in folder.glob("*.json"):
+            (target / file.name).write_bytes(file.read_bytes())
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
 
 
 def write_llama(folder: Path, tokenizer: Callable[[Path], None] | None = None, d_model: int = 64, **config_changes: Any) -> dict[str, Any]:

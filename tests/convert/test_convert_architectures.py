@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from gearcpp.convert import convert_model
 from gearcpp.convert.verification import llama_tokens
-from samples import N_TOKENS, NASTY_TEXT, SAMPLES, save_sample
+from samples import N_TOKENS, NASTY_TEXT, SAMPLES, save_mxfp4, save_sample
 
-from gearcpp.errors import UnsupportedError
+from gearcpp.errors import DataError, UnsupportedError
 
 torch = pytest.importorskip("torch", reason="logits are compared with those of transformers, which needs torch")
 transformers = pytest.importorskip("transformers", reason="logits are compared with those of transformers, which is not installed")
 
-# llama.cpp's CPU code looks GELU up in a table of f16.
-GELU = ("gemma-2", "gemma-3", "gpt-2")
+# llama.cpp's CPU code looks GELU up in a table of f16. Where six layers carry that on, transformers is made to round alike.
+ROUNDED_GELU = ("gemma-4", "gemma-4-moe")
+GELU = ("gemma-2", "gemma-3", "gemma-4", "gemma-4-moe", "gpt-2")
 # Their expressions in llama.cpp know no combining marks (a notice says so).
-WITHOUT_MARKS = ("mistral-3", "mistral-nemo", "phi-3-long")
+WITHOUT_MARKS = ("gpt-oss", "minimax-m2", "mistral-3", "mistral-nemo", "phi-3-long")
 
 Saved = Callable[..., tuple[Path, Any]]
 
@@ -63,12 +64,26 @@ def _worst(logits: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(logits - expected).max() / expected.std())
 
 
+def _round_gelu(model: Any) -> None:
+    """Let the model's GELU take and give f16, as llama.cpp's table does."""
+
+    def rounded(x: Any) -> Any:
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+    for module in model.modules():
+        if hasattr(module, "act_fn"):
+            del module.act_fn
+            module.act_fn = rounded
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_same_logits_in_f32(name: str, saved: Saved, random: np.random.Generator) -> None:
     folder, model = saved(name)
     file = folder / "f32.gguf"
     convert_model(folder, file, outtype="f32")
     ids = [int(index) for index in random.integers(4, N_TOKENS - 10, 100)]
+    if name in ROUNDED_GELU:
+        _round_gelu(model)
     assert _worst(_llama_logits(file, ids), _transformers_logits(model, ids)) < (1e-2 if name in GELU else 1e-4)
 
 
@@ -198,19 +213,73 @@ def test_the_text_part_of_a_multimodal_model(prefix: str, saved: Saved, tmp_path
     assert _tensor_bytes(files[0]) == _tensor_bytes(files[1])
 
 
-def test_layers_that_draft_are_left_out(saved: Saved, tmp_path: Path) -> None:
-    """Checkpoints of Qwen 3.5 have a layer that predicts a further token, which transformers does not load either."""
+@pytest.mark.parametrize(("name", "prefix"), [("qwen-3.5", "mtp."), ("glm-4.5", "model.layers.3.")])
+def test_layers_that_draft_are_left_out(name: str, prefix: str, saved: Saved, tmp_path: Path) -> None:
+    """Checkpoints of Qwen 3.5 and GLM-4.5 have a layer that predicts a further token, which transformers does not load either."""
     from safetensors.torch import load_file, save_file
 
-    folder, _ = saved("qwen-3.5")
+    folder, _ = saved(name)
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    drafts = {"mtp.fc.weight": torch.zeros(64, 128), "mtp.layers.0.input_layernorm.weight": torch.zeros(64)}
+    drafts = {f"{prefix}eh_proj.weight": torch.zeros(64, 128), f"{prefix}input_layernorm.weight": torch.zeros(64)}
     save_file(load_file(folder / "model.safetensors") | drafts, tmp_path / "model.safetensors")
     files = [folder / "without.gguf", folder / "with.gguf"]
     for source, file in zip((folder, tmp_path), files, strict=True):
         convert_model(source, file)
     assert _tensor_bytes(files[0]) == _tensor_bytes(files[1])
+
+
+def test_experts_of_mxfp4_keep_their_bits(saved: Saved, tmp_path: Path) -> None:
+    """Whatever the outtype, their type is MXFP4, and what they stand for equals what the format's definition says."""
+    import gguf
+
+    folder, _ = saved("gpt-oss")
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    save_mxfp4(folder, packed, plain, seed=11)
+    for source in (packed, plain):
+        convert_model(source, source / "f32.gguf", outtype="f32", verify=True)
+    kept, expected = ({tensor.name: tensor for tensor in gguf.GGUFReader(source / "f32.gguf").tensors} for source in (packed, plain))
+    assert kept.keys() == expected.keys()
+    for name, tensor in kept.items():
+        is_packed = name.endswith("_exps.weight")
+        assert tensor.tensor_type.name == ("MXFP4" if is_packed else "F32"), name
+        values = gguf.dequantize(tensor.data, tensor.tensor_type) if is_packed else tensor.data
+        assert np.array_equal(values, expected[name].data), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("model.layers.1.mlp.experts.down_proj_scales"), "down_proj_blocks alone"),
+        (lambda tensors: tensors["model.layers.1.mlp.experts.down_proj_scales"].fill(255), "a scale that is no number"),
+    ],
+)
+def test_damaged_mxfp4_is_refused(change: Callable[[dict[str, np.ndarray]], object], message: str, saved: Saved, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder, _ = saved("gpt-oss")
+    save_mxfp4(folder, tmp_path / "packed", tmp_path / "plain", seed=11)
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = {name: tensor.copy() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(DataError, match=message):
+        convert_model(tmp_path / "packed", tmp_path / "x.gguf")
+
+
+def test_a_yarn_that_llama_cpp_rounds_has_a_notice(saved: Saved) -> None:
+    """The published gpt-oss have truncate = False: with it, llama.cpp's logits differ from the second token on; without it (the sample) they agree."""
+    folder, _ = saved("gpt-oss")
+    config = json.loads((folder / "config.json").read_text())
+    expected = convert_model(folder, folder / "x.gguf", dry_run=True)
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": {**config["rope_parameters"], "truncate": False}}))
+    try:
+        converted = convert_model(folder, folder / "x.gguf", dry_run=True)
+    finally:
+        (folder / "config.json").write_text(json.dumps(config))
+    assert converted.metadata == expected.metadata
+    assert [notice for notice in converted.notices if notice not in expected.notices] == [notice for notice in converted.notices if "YaRN" in notice]
+    assert len(converted.notices) == len(expected.notices) + 1
 
 
 def test_pickled_weights_give_the_same_file(saved: Saved, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 from gearcpp.convert import convert_model
-from samples import SAMPLES, save_sample, sentencepiece
+from samples import SAMPLES, save_mxfp4, save_sample, sentencepiece
 
 SOURCE = os.environ.get("GEARCPP_LLAMA_CPP_SOURCE", "")
 if not SOURCE:
@@ -25,12 +25,12 @@ pytest.importorskip("transformers", reason="llama.cpp's converter needs transfor
 pytest.importorskip("torch", reason="llama.cpp's converter needs torch")
 
 # It reads these only with tokenizer.model.
-NEEDS_MODEL = {"gemma-2": False, "gemma-3": False, "phi-3": True, "ernie-4.5": True}
+NEEDS_MODEL = {"gemma-2": False, "gemma-3": False, "gemma-4": False, "gemma-4-moe": False, "phi-3": True, "ernie-4.5": True}
 # It takes a Phi-3 without tokenizer.model for a GPT-2 tokenizer, if told so.
 AS_GPT2 = ("phi-3-long",)
 
 # Layers that predict further tokens are left out; it takes the option only for classes that have such.
-OPTIONS = {name: ["--no-nextn"] for name in ("qwen-3-next", "qwen-3.5", "qwen-3.5-moe")}
+OPTIONS = {name: ["--no-nextn"] for name in ("qwen-3-next", "qwen-3.5", "qwen-3.5-moe", "glm-4.5", "glm-4.7-flash")}
 
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight", ".ssm_a")  # equal to 1 ulp
 
@@ -42,6 +42,8 @@ ONLY_OURS = (
     ".rope.freq_base",  # llama.cpp's default is 10000, ours is written always
     ".rope.freq_base_swa",
     ".vocab_size",  # llama.cpp counts the tokens
+    ".final_logit_softcapping",  # Gemma 4 without: llama.cpp's converter leaves it out, and llama.cpp takes 30 then
+    "tokenizer.ggml.pre",  # Gemma 4: llama.cpp goes by the tokenizer's model
     ".rope.scaling.type",  # Phi-3: llama.cpp goes by the factors
     ".attention.head_count_kv",  # GPT-2: equal to the heads
     "tokenizer.ggml.add_bos_token",  # where it leaves llama.cpp's default standing, ours says what the tokenizer's template says
@@ -74,9 +76,18 @@ def _save(name: str, folder: Path) -> None:
     if name in NEEDS_MODEL:
         sentencepiece(prefix=NEEDS_MODEL[name], keep_model=True)(folder)
     changes: dict[str, dict[str, Any]] = {"config.json": {"n_ctx": 256} if name == "gpt-2" else {}}
+    changes["config.json"] |= _as_published(name, json.loads((folder / "config.json").read_text()))
     changes["tokenizer_config.json"] = {"tokenizer_class": "GPT2Tokenizer"} if name in AS_GPT2 else {}
     for file, values in changes.items():
-        (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **values}))
+        changed = {**json.loads((folder / file).read_text()), **values}
+        (folder / file).write_text(json.dumps({key: value for key, value in changed.items() if value is not None or key not in values}))
+
+
+def _as_published(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What it does not understand as transformers saves it."""
+    if name.startswith("granite-4"):
+        return {"layer_types": ["attention" if kind == "full_attention" else "mamba" for kind in config["layer_types"]]}
+    return {}
 
 
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
@@ -87,6 +98,18 @@ def test_parity(name: str, outtype: str, tmp_path: Path) -> None:
     conversion = convert_model(folder, folder / "ours.gguf", outtype=outtype)
     ours = gguf.GGUFReader(folder / "ours.gguf")
     theirs = gguf.GGUFReader(_reference(name, folder, str(conversion.metadata["tokenizer.ggml.pre"]), outtype))
+    _compare_tensors(ours, theirs)
+    _compare_metadata(ours, theirs)
+
+
+def test_parity_of_mxfp4(tmp_path: Path) -> None:
+    save_sample("gpt-oss", tmp_path / "stored", "float32")
+    folder = tmp_path / "packed"
+    save_mxfp4(tmp_path / "stored", folder, tmp_path / "plain", seed=12)
+    conversion = convert_model(folder, folder / "ours.gguf", outtype="bf16")
+    ours = gguf.GGUFReader(folder / "ours.gguf")
+    assert {tensor.tensor_type.name for tensor in ours.tensors} == {"MXFP4", "BF16", "F32"}
+    theirs = gguf.GGUFReader(_reference("gpt-oss", folder, str(conversion.metadata["tokenizer.ggml.pre"]), "bf16"))
     _compare_tensors(ours, theirs)
     _compare_metadata(ours, theirs)
 
@@ -106,5 +129,5 @@ def _compare_metadata(ours: gguf.GGUFReader, theirs: gguf.GGUFReader) -> None:
     mine, reference = ({key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")} for reader in (ours, theirs))
     assert {key for key in mine.keys() - reference.keys() if not key.endswith(ONLY_OURS)} == set()
     assert {key for key in reference.keys() - mine.keys() if not key.startswith("general.")} == set()
-    shared = mine.keys() & reference.keys() - (DIFFERENT if mine["tokenizer.ggml.model"] == "llama" else set())
+    shared = mine.keys() & reference.keys() - (DIFFERENT if mine["tokenizer.ggml.model"] in ("llama", "gemma4") else set())
     assert {key: (mine[key], reference[key]) for key in shared if mine[key] != reference[key] and not key.startswith("general.")} == {}

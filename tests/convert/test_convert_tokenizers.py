@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gearcpp.convert import convert_model
 from gearcpp.convert.verification import llama_tokens
-from samples import GPT2_WORDS, GPT4O_WORDS, LLAMA3_WORDS, NASTY_TEXT, QWEN2_WORDS, TEKKEN_WORDS, byte_level, sentencepiece, write_llama
+from samples import DEEPSEEK3_WORDS, GPT2_WORDS, GPT4O_WORDS, LLAMA3_WORDS, NASTY_TEXT, QWEN2_WORDS, TEKKEN_WORDS, byte_level, sentencepiece, write_llama
 from tokenizers import Tokenizer
 
 from gearcpp.errors import ConfigError, DataError, UnsupportedError
@@ -27,6 +27,7 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "llama-3": (byte_level(LLAMA3_WORDS, whole_words_first=True, bos=True), "llama-bpe", NASTY_TEXT),
     "olmo-2": (byte_level(LLAMA3_WORDS), "dbrx", NASTY_TEXT),
     "qwen-2": (byte_level(QWEN2_WORDS, nfc=True), "qwen2", NASTY_TEXT),
+    "deepseek-v3": (byte_level(*DEEPSEEK3_WORDS), "deepseek-v3", NASTY_TEXT),
     "gpt-4o": (byte_level(GPT4O_WORDS), "gpt-4o", WITHOUT_MARKS),
     "tekken": (byte_level(TEKKEN_WORDS, whole_words_first=True, bos=True), "tekken", WITHOUT_MARKS),
     "llama-2": (sentencepiece(), "default", NASTY_TEXT),

@@ -69,6 +69,7 @@ class Architecture:
     renamed: ClassVar[Mapping[str, str]] = {}  # an ending of a tensor's name -> the one that gguf's map knows
     aliases: ClassVar[Mapping[str, str]] = {}  # the usual name of a config value <- the one this class gives it
     copied_keys: ClassVar[Mapping[str, tuple[str, type]]] = {}  # further GGUF keys (less the architecture) <- config names and their type
+    endings: ClassVar[Mapping[str, str]] = ENDINGS
     pieces: ClassVar[str] = "llama"  # llama.cpp's name of a tokenizer of pieces with bytes to fall back to: "llama" joins by scores, "gemma4" by merges
     special_tokens: ClassVar[Mapping[str, str]] = {}  # bos, eos, eot ... <- their text, where tokenizer_config.json names none
     taken_for_granted: ClassVar[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu", "swish")}  # what llama.cpp computes, whatever the config says
@@ -215,12 +216,12 @@ class Architecture:
             shapes |= {f"blk.{index}.{kind}": shape for kind, shape in self.layer_tensors(index).items()}
         biased = {name: shape for name, shape in shapes.items() if len(shape) <= 2 or _kind(name) in self.required_biases}
         biases = {f"{name}.bias": tuple(sizes[size] for size in shape[: max(1, len(shape) - 1)]) for name, shape in biased.items()}
-        weights = {name + ENDINGS.get(_kind(name), ".weight"): tuple(sizes[size] for size in shape) for name, shape in shapes.items()}
+        weights = {name + self.endings.get(_kind(name), ".weight"): tuple(sizes[size] for size in shape) for name, shape in shapes.items()}
         return biases | weights
 
     def _required(self, expected: Iterable[str]) -> list[str]:
         """Those of the expected tensors that must be there: all but the output matrix and most biases."""
-        biases = tuple(f".{kind}.bias" for kind in {*(kind for kind, ending in ENDINGS.items() if ending == ".bias"), *self.required_biases})
+        biases = tuple(f".{kind}.bias" for kind in {*(kind for kind, ending in self.endings.items() if ending == ".bias"), *self.required_biases})
         return [
             name for name in expected if name != "output.weight" and (not name.endswith(".bias") or name.endswith(biases)) and not self._may_lack(name)
         ]

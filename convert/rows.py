@@ -122,6 +122,18 @@ class Mapped(Rows):
         return self._function(self._source.read(start, stop))
 
 
+class ScaledRows(Rows):
+    """A matrix, each row times a number of its own."""
+
+    def __init__(self, source: Rows, factors: npt.ArrayLike) -> None:
+        self._source = source
+        self._factors = np.asarray(factors, dtype=np.float32)
+        self.shape = source.shape
+
+    def read(self, start: int, stop: int) -> Block:
+        return self._source.read(start, stop) * self._factors[start:stop, None]
+
+
 class Selected(Rows):
     """Some rows of a matrix in an order of their own, or some numbers of a vector: channels of heads that llama.cpp sorts in another way."""
 

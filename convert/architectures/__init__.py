@@ -12,6 +12,7 @@ from gearcpp.errors import DataError, UnsupportedError
 from ..architecture import Architecture
 from .deepseek import DeepseekV3
 from .ernie import Ernie45
+from .falcon import FalconH1
 from .gemma import Gemma2, Gemma3
 from .gemma4 import Gemma4
 from .glm import Glm4, Glm4Moe, Glm4MoeLite
@@ -51,6 +52,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Olmo3,
     Granite,
     GraniteHybrid,
+    FalconH1,
     Ernie45,
     Lfm2,
     MiniMaxM2,

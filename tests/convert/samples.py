@@ -275,6 +275,23 @@ _GRANITE4 = {
     "logits_scaling": 4.0,
 }
 _NO_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0}
+_FALCON_H1 = {
+    "head_dim": 16,
+    "mamba_d_ssm": 96,
+    "mamba_n_heads": 6,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_d_head": 16,
+    "embedding_multiplier": 5.5,
+    "lm_head_multiplier": 0.3,
+    "attention_in_multiplier": 0.9,
+    "attention_out_multiplier": 0.7,
+    "key_multiplier": 0.4,
+    "ssm_in_multiplier": 1.3,
+    "ssm_out_multiplier": 0.6,
+    "mlp_multipliers": [0.8, 0.3],
+    "ssm_multipliers": [0.35, 0.25, 0.4, 0.5, 0.36],
+}
 _SHARED_EXPERT = {"num_experts": 4, **_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 
 SAMPLES: dict[str, Sample] = {
@@ -364,6 +381,8 @@ SAMPLES: dict[str, Sample] = {
         byte_level(LLAMA3_WORDS),
         {**_GRANITE4, **_NO_EXPERTS, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
     ),
+    "falcon-h1": Sample("FalconH1Config", byte_level(LLAMA3_WORDS), {**_FALCON_H1, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    "falcon-h1-without-norm": Sample("FalconH1Config", byte_level(LLAMA3_WORDS), _FALCON_H1),
     "olmo-3": Sample("Olmo3Config", byte_level(LLAMA3_WORDS), {"sliding_window": 8, "num_hidden_layers": 5}),
     "olmo-2": Sample("Olmo2Config", byte_level(LLAMA3_WORDS)),
     "granite": Sample(

@@ -23,6 +23,7 @@ from .granite_hybrid import GraniteHybrid
 from .lfm import Lfm2
 from .llama import Llama, Mistral, Mistral3, Mixtral
 from .minimax import MiniMaxM2
+from .nemotron import NemotronH
 from .olmo import Olmo2, Olmo3
 from .phi import Phi3
 from .qwen import Qwen2, Qwen3, Qwen3Moe
@@ -53,6 +54,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Granite,
     GraniteHybrid,
     FalconH1,
+    NemotronH,
     Ernie45,
     Lfm2,
     MiniMaxM2,

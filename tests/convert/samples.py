@@ -292,6 +292,13 @@ _FALCON_H1 = {
     "mlp_multipliers": [0.8, 0.3],
     "ssm_multipliers": [0.35, 0.25, 0.4, 0.5, 0.36],
 }
+_NEMOTRON_H = {
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+}
 _SHARED_EXPERT = {"num_experts": 4, **_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 
 SAMPLES: dict[str, Sample] = {
@@ -383,6 +390,21 @@ SAMPLES: dict[str, Sample] = {
     ),
     "falcon-h1": Sample("FalconH1Config", byte_level(LLAMA3_WORDS), {**_FALCON_H1, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
     "falcon-h1-without-norm": Sample("FalconH1Config", byte_level(LLAMA3_WORDS), _FALCON_H1),
+    "nemotron-h": Sample(
+        "NemotronHConfig",
+        byte_level(TEKKEN_WORDS, whole_words_first=True, bos=True),
+        {**_NEMOTRON_H, "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]},
+    ),
+    "nemotron-3": Sample(
+        "NemotronHConfig",
+        byte_level(TEKKEN_WORDS, whole_words_first=True, bos=True),
+        {
+            **_NEMOTRON_H,
+            **_ROUTED,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention"],
+            "moe_shared_expert_intermediate_size": 48,
+        },
+    ),
     "olmo-3": Sample("Olmo3Config", byte_level(LLAMA3_WORDS), {"sliding_window": 8, "num_hidden_layers": 5}),
     "olmo-2": Sample("Olmo2Config", byte_level(LLAMA3_WORDS)),
     "granite": Sample(

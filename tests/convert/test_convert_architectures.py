@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers", reason="logits are compared w
 ROUNDED_GELU = ("gemma-4", "gemma-4-moe")
 GELU = ("gemma-2", "gemma-3", "gemma-4", "gemma-4-moe", "gpt-2")
 # Their expressions in llama.cpp know no combining marks (a notice says so).
-WITHOUT_MARKS = ("gpt-oss", "minimax-m2", "mistral-3", "mistral-nemo", "phi-3-long")
+WITHOUT_MARKS = ("gpt-oss", "minimax-m2", "mistral-3", "mistral-nemo", "nemotron-3", "nemotron-h", "phi-3-long")
 
 Saved = Callable[..., tuple[Path, Any]]
 

@@ -43,6 +43,7 @@ ONLY_OURS = (
     ".rope.freq_base_swa",
     ".vocab_size",  # llama.cpp counts the tokens
     ".final_logit_softcapping",  # Gemma 4 without: llama.cpp's converter leaves it out, and llama.cpp takes 30 then
+    ".attention.layer_norm_rms_epsilon",  # Nemotron-H: llama.cpp takes layer_norm_epsilon for it
     "tokenizer.ggml.pre",  # Gemma 4: llama.cpp goes by the tokenizer's model
     ".rope.scaling.type",  # Phi-3: llama.cpp goes by the factors
     ".attention.head_count_kv",  # GPT-2: equal to the heads
@@ -87,6 +88,17 @@ def _as_published(name: str, config: dict[str, Any]) -> dict[str, Any]:
     """What it does not understand as transformers saves it."""
     if name.startswith("granite-4"):
         return {"layer_types": ["attention" if kind == "full_attention" else "mamba" for kind in config["layer_types"]]}
+    if name.startswith("nemotron"):
+        letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+        pattern = "".join(letters[kind] for kind in config["layers_block_type"])
+        dense = dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group")) if name == "nemotron-h" else {}
+        return {
+            "hybrid_override_pattern": pattern,
+            "layers_block_type": None,
+            "num_hidden_layers": len(pattern),
+            "model_type": "nemotron_h_published",
+            **dense,
+        }
     return {}
 
 

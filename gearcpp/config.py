@@ -14,6 +14,7 @@ from typing import Any, Literal
 from .errors import ConfigError
 
 Choice = bool | Literal["auto"]
+_MOST_AUTO_FEEDBACK = 256  # most_auto_feedback of native/codec/feedback.h
 LayerFields = tuple[tuple[int, tuple[tuple[str, Any], ...]], ...]
 _OF_ALL_LAYERS = ("tile", "n_tail", "n_sink", "seed", "layers")
 
@@ -36,7 +37,7 @@ class GearConfig:
         sparsity: s of S, the share of each vector (K: channel, V: token) kept exactly, half of it at the top and half at the bottom; 0 leaves S out.
         clip_k, clip_v: shrink each group's range about its middle to this share before coding; 1 does not clip.
         feedback_k: round K for the error of scores rather than of keys, as the queries met say (native/codec/feedback.h). True: not together with L, S or
-            M of K, nor on a GPU; "auto": where it can be.
+            M of K, nor on a GPU; "auto": where it can be, in heads of up to 256 channels.
         tile: T, cells of a tile: 64, 128 or 256.
         n_tail: the last rows written that stay exact (f16), at least.
         n_sink: the first cells of each stream that stay exact.
@@ -81,10 +82,9 @@ class GearConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
         return values | ({"layers": {str(il): dict(changes) for il, changes in self.layers}} if self.layers else {})
 
-    @property
-    def has_feedback(self) -> bool:
-        """Whether a CPU's cache rounds K for the error of scores."""
-        can = not (self.rank_k or self.sparsity or self.center_k or self.bits_k == 16)
+    def has_feedback(self, d_head: int) -> bool:
+        """Whether a CPU's cache rounds the K of heads of so many channels for the error of scores."""
+        can = d_head <= _MOST_AUTO_FEEDBACK and not (self.rank_k or self.sparsity or self.center_k or self.bits_k == 16)
         return can if self.feedback_k == "auto" else bool(self.feedback_k)
 
     def of_layer(self, il: int, n_layer: int) -> GearConfig:

@@ -80,10 +80,10 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 def test_auto_goes_without_where_it_cannot_be(bundled_model: Path) -> None:
     auto = PRESETS["gear2"].replace(feedback_k="auto", tile=64, n_tail=32)
-    assert auto.has_feedback
+    assert auto.has_feedback(256) and not auto.has_feedback(288)
     for other in ({"rank_k": 2}, {"sparsity": 0.02, "center_v": False}, {"center_k": True}, {"bits_k": 16}):
         check_config(auto.replace(**other))
-        assert not auto.replace(**other).has_feedback
+        assert not auto.replace(**other).has_feedback(64)
     sizes = {}
     for name, config in {"auto": auto, "low rank": auto.replace(rank_k=2), "never": auto.replace(feedback_k=False)}.items():
         llm = Llama(bundled_model, kv_type=config, n_ctx=1024, n_threads=1, verbose=False)

@@ -22,6 +22,7 @@ HEADS = sorted({name.rsplit(".", 1)[0] for name in KEYS.files})
 
 def score_error(config: GearConfig, head: str) -> float:
     """Mean square of what packing the keys changes in q.k, but for what is the same for all keys of a query, which softmax does not see."""
+    config = config.replace(feedback_k=False)  # no query's moment is given here, for which its weights are made
     k, q = KEYS[f"{head}.k"].astype(np.float32), KEYS[f"{head}.q"].astype(np.float64)
     basis = native.choose_basis(config, "k", k, query_square=KEYS[f"{head}.q2"]) if config.rotate_k == "auto" else None
     tile = native.tile_pack(config, "k", k, basis=basis)

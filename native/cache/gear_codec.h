@@ -14,21 +14,23 @@ constexpr uint32_t gear_tile_version = 1;
 class gear_tile_codec final : public tile_codec {
   public:
     gear_tile_codec(const gear_config & config, gear_side side, int d_head);
-    const tile_layout & layout() const { return layout_; }
-    size_t              tile_bytes() const override;
-    size_t              scratch_bytes() const override;
-    bool                pack(int head, int64_t first_cell, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const override;
-    bool                wants_to_learn(int head) const override;
-    void                learn(int head, const float * x, const uint8_t * written) const override;
-    void                adopt(int head, const uint8_t * tile) const override;
-    void                forget() const override;
-    size_t              learned_bytes() const override { return bases_ ? bases_->query_bytes() : 0; }
-    bool                measures_error() const override { return true; }
-    const double *      score_weights(int head) const override;
-    bool                knows_pairs(int head) const override;
-    double              score_square(int head, const float * e) const override;
+    const tile_layout &  layout() const { return layout_; }
+    size_t               tile_bytes() const override;
+    size_t               scratch_bytes() const override;
+    bool                 pack(int head, int64_t first_cell, const float * x, const uint8_t * written, uint8_t * tile, void * scratch) const override;
+    bool                 wants_to_learn(int head) const override;
+    void                 learn(int head, const float * x, const uint8_t * written) const override;
+    void                 adopt(int head, const uint8_t * tile) const override;
+    void                 forget() const override;
+    std::vector<uint8_t> learned() const override { return bases_ ? bases_->learned() : std::vector<uint8_t>(); }
+    bool                 learn_again(const std::vector<uint8_t> & bytes) const override { return bases_ ? bases_->learn_again(bytes) : bytes.empty(); }
+    size_t               learned_bytes() const override { return bases_ ? bases_->query_bytes() : 0; }
+    bool                 measures_error() const override { return true; }
+    const double *       score_weights(int head) const override;
+    bool                 knows_pairs(int head) const override;
+    double               score_square(int head, const float * e) const override;
     // Where attention reports the queries of K's heads; nullptr: nothing is learned from them.
-    head_bases *        bases() const { return bases_.get(); }
+    head_bases *         bases() const { return bases_.get(); }
     bool     repack(int head, int64_t first_cell, const float * x, const uint8_t * written, const uint8_t * kept, const uint8_t * old, uint8_t * tile,
                     void * scratch) const override;
     void     unpack(const uint8_t * tile, float * x, void * scratch) const override;

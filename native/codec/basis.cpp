@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <utility>
 
@@ -137,6 +138,36 @@ void head_bases::add_observed(int head, const double * square, int64_t n, float 
 
 const query_moment * head_bases::queries(int head) const {
     return head < (int) heads_.size() && heads_[head].queries ? &*heads_[head].queries : nullptr;
+}
+
+std::vector<uint8_t> head_bases::learned() const {
+    std::vector<uint8_t> bytes;
+    const bool           any = std::any_of(heads_.begin(), heads_.end(), [](const head_state & head) { return head.queries && head.queries->is_known(); });
+    for (size_t head = 0; any && head < heads_.size(); ++head) {
+        const query_moment & queries = *heads_[head].queries;
+        bytes.resize(bytes.size() + sizeof(float) + queries.size_in_session());
+        uint8_t * to = bytes.data() + bytes.size() - queries.size_in_session();
+        memcpy(to - sizeof(float), &heads_[head].scale, sizeof(float));
+        queries.get(to);
+    }
+    return bytes;
+}
+
+bool head_bases::learn_again(const std::vector<uint8_t> & bytes) {
+    if (!layout_.config.feedback || heads_.empty() || bytes.size() != heads_.size() * (sizeof(float) + heads_[0].queries->size_in_session())) {
+        return !layout_.config.feedback; // a cache that does without leaves it
+    }
+    const bool any = std::any_of(heads_.begin(), heads_.end(), [](const head_state & head) { return head.queries->is_known(); });
+    for (size_t head = 0; !any && head < heads_.size(); ++head) {
+        const uint8_t * from = bytes.data() + head * (bytes.size() / heads_.size());
+        float           scale;
+        memcpy(&scale, from, sizeof scale);
+        if (!std::isfinite(scale) || !heads_[head].queries->put(from + sizeof scale)) {
+            return false;
+        }
+        heads_[head].scale = scale;
+    }
+    return true;
 }
 
 double head_bases::score_square(int head, const float * e) const {

@@ -74,11 +74,15 @@ class head_bases {
         return layout.config.feedback ? n_head * query_moment::bytes_of(layout.d_head) : 0;
     }
 
-    const uint8_t * basis(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty() ? nullptr : heads_[head].basis.data(); }
+    const uint8_t *      basis(int head) const { return head >= (int) heads_.size() || heads_[head].basis.empty() ? nullptr : heads_[head].basis.data(); }
     // Mean of (scale q.e)^2 over the queries of queries(), e f32 [d]: with feedback, the diagonal alone would overstate it
-    double          score_square(int head, const float * e) const;
+    double               score_square(int head, const float * e) const;
+    // What is known of all heads' queries, for a session; nothing where none were met.
+    std::vector<uint8_t> learned() const;
+    // The same back, where no query was met yet. false: it is of other heads, or damaged.
+    bool                 learn_again(const std::vector<uint8_t> & bytes);
     // f64 [d] weight_c above; nullptr: no query was met
-    const double *  score_weights(int head) const { return is_open(head) || heads_[head].weight.empty() ? nullptr : heads_[head].weight.data(); }
+    const double *       score_weights(int head) const { return is_open(head) || heads_[head].weight.empty() ? nullptr : heads_[head].weight.data(); }
 
   private:
     struct head_state {

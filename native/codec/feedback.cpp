@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 namespace gear {
@@ -149,6 +150,28 @@ void query_moment::set(const double * moment) {
         }
     }
     n_noted_ = n_remember;
+}
+
+void query_moment::get(uint8_t * out) const {
+    const int64_t numbers[] = { n_met_, n_noted_ };
+    out                     = std::copy_n(reinterpret_cast<const uint8_t *>(numbers), sizeof numbers, out);
+    out                     = std::copy_n(reinterpret_cast<const uint8_t *>(spread_.data()), d_ * sizeof(float), out);
+    std::copy_n(reinterpret_cast<const uint8_t *>(correlation_.data()), correlation_.size() * sizeof(int16_t), out);
+}
+
+bool query_moment::put(const uint8_t * in) {
+    int64_t            numbers[2];
+    std::vector<float> spread(d_);
+    memcpy(numbers, in, sizeof numbers);
+    memcpy(spread.data(), in + sizeof numbers, d_ * sizeof(float));
+    const bool is_sound = numbers[0] >= 0 && numbers[1] >= 0 && std::all_of(spread.begin(), spread.end(), [](float s) { return s >= 0 && s < 1e15f; });
+    if (is_sound) {
+        n_met_   = numbers[0];
+        n_noted_ = numbers[1];
+        spread_  = std::move(spread);
+        memcpy(correlation_.data(), in + sizeof numbers + d_ * sizeof(float), correlation_.size() * sizeof(int16_t));
+    }
+    return is_sound;
 }
 
 double query_moment::mean_square(const float * e) const {

@@ -22,6 +22,7 @@
 namespace gear {
 
 constexpr int feedback_never = 0, feedback_always = 1, feedback_auto = 2; // gear_side_config.feedback; auto: where the side can have it
+constexpr int most_auto_feedback = 256; // channels of a head: what it takes in memory goes with their square, against that of their rows
 
 // E[q q^T] of the queries that a KV head meets.
 class query_moment {
@@ -39,6 +40,11 @@ class query_moment {
     // e^T E[q q^T] e, e f32 [d]
     double        mean_square(const float * e) const;
     static size_t bytes_of(int d) { return d * sizeof(float) + (size_t) d * (d - 1) / 2 * sizeof(int16_t); }
+
+    // What is known, for a session: n bytes, the same for all heads of d channels. put() is false, and nothing is changed, where they are no moment.
+    size_t size_in_session() const { return 2 * sizeof(int64_t) + bytes(); }
+    void   get(uint8_t * out) const;
+    bool   put(const uint8_t * in);
 
     float spread(int c) const { return spread_[c]; }
     float correlation(int c, int j) const { return (float) correlation_[(size_t) c * (c - 1) / 2 + j] / correlation_unit; } // j < c

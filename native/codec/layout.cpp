@@ -127,10 +127,10 @@ tile_layout make_layout(const gear_config & config, gear_side side, int d_head) 
     layout.side        = side;
     layout.n_token     = config.tile;
     layout.d_head      = d_head;
-    if (layout.config.feedback == feedback_auto) {
-        layout.config.feedback = is_k && layout.config.rank == 0 && layout.config.sparsity == 0 && !layout.config.center;
-    }
     const int bits = layout.config.bits, T = config.tile, d = d_head;
+    if (layout.config.feedback == feedback_auto) {
+        layout.config.feedback = is_k && d <= most_auto_feedback && layout.config.rank == 0 && layout.config.sparsity == 0 && !layout.config.center;
+    }
     if (bits == 16) {
         fail(GEAR_ERROR_INVALID, "%s is kept as f16 (bits%s = 16): it has no packed tiles", is_k ? "K" : "V", is_k ? "_k" : "_v");
     }

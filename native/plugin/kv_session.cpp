@@ -125,6 +125,10 @@ void kv_session::save(size_t n_state, const void * note, size_t n_note, const vo
         saved.tensor->read_store(n_threads, [&](const store & cache, const tile_codec * codec) {
             const store_image image = image_of(cache, codec, saved.ranges);
             write_section(out, section_kind::tensor, [&](output & to) { write_image(to, image, cache); });
+            const std::vector<uint8_t> learned = codec ? codec->learned() : std::vector<uint8_t>();
+            if (!learned.empty()) {
+                write_section(out, section_kind::learned, [&](output & to) { to.write(learned.data(), learned.size()); });
+            }
         });
     }
     if (n_extra > 0) {
@@ -169,7 +173,10 @@ kv_session::kv_session(std::unique_ptr<input> in, bool note_only) : in_(std::mov
             read_state(sections[i]);
             has_state = true;
         } else if (sections[i].kind == section_kind::tensor && has_state) {
-            kept_.push_back({ read_image(*in_, sections[i]), nullptr, {} });
+            kept_.push_back({ read_image(*in_, sections[i]), nullptr, {}, {} });
+        } else if (sections[i].kind == section_kind::learned && sections[i - 1].kind == section_kind::tensor) {
+            kept_.back().learned.resize(sections[i].size);
+            in_->read(sections[i].offset, kept_.back().learned.data(), sections[i].size);
         } else if (sections[i].kind == section_kind::extra && extra_.size == 0) {
             extra_ = sections[i];
         } else {
@@ -303,6 +310,9 @@ int64_t kv_session::restore_tensor(kept_tensor & kept) {
             codec = own.get();
         }
         n_changed = restore_image(*in_, image, kept.moves, cells, codec, write);
+        if (cells && !kept.learned.empty() && !codec->learn_again(kept.learned)) {
+            fail(GEAR_ERROR_DATA, "it is inconsistent: what it learned of layer %d's queries is not of this cache", image.shape.il);
+        }
     });
     return n_changed;
 }

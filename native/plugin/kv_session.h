@@ -8,6 +8,7 @@
 //     section note     the caller's
 //     section state    u64 size of the state;  u64 n_part;  n_part x { u64 offset, u64 size };  the bytes of the parts. What no part covers is in stores.
 //     section tensor   one for each store (session/store_image.h)
+//     section learned  behind a store's, if its codec has learned something: bytes of the codec's
 //     section extra    the caller's
 #pragma once
 
@@ -65,6 +66,7 @@ class kv_session {
         store_image            image;
         cache_tensor *         tensor = nullptr;
         std::vector<cell_move> moves;
+        std::vector<uint8_t>   learned;
     };
     struct part { // of llama.cpp's state
         uint64_t offset, size;

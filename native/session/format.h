@@ -37,11 +37,12 @@ class input {
 };
 
 enum class section_kind : uint32_t {
-    end    = 0,
-    note   = 1, // what the caller wants to find again first
-    state  = 2, // llama.cpp's state without the rows that are in stores
-    tensor = 3, // one store
-    extra  = 4, // more of the caller's, perhaps large
+    end     = 0,
+    note    = 1, // what the caller wants to find again first
+    state   = 2, // llama.cpp's state without the rows that are in stores
+    tensor  = 3, // one store
+    extra   = 4, // more of the caller's, perhaps large
+    learned = 5, // what the codec of the store before it has learned (tile_codec::learned); left out where that is nothing
 };
 
 struct section {

@@ -63,14 +63,17 @@ class tile_codec {
         (void) head;
         return false;
     }
-    virtual void           learn(int head, const float * x, const uint8_t * written) const { (void) head, (void) x, (void) written; }
-    virtual void           adopt(int head, const uint8_t * tile) const { (void) head, (void) tile; }
-    virtual void           forget() const {}
-    virtual size_t         learned_bytes() const { return 0; } // that it holds for that
+    virtual void                 learn(int head, const float * x, const uint8_t * written) const { (void) head, (void) x, (void) written; }
+    virtual void                 adopt(int head, const uint8_t * tile) const { (void) head, (void) tile; }
+    // For a session: what else than tiles tell it has learned, and the same back, where nothing is learned yet. false: it is not of this codec.
+    virtual std::vector<uint8_t> learned() const { return {}; }
+    virtual bool                 learn_again(const std::vector<uint8_t> & bytes) const { return bytes.empty(); }
+    virtual void                 forget() const {}
+    virtual size_t               learned_bytes() const { return 0; } // that it holds for that
     // Whether rows are worth comparing with what became of them, and what a squared error of a channel then counts: f64 [d_head], so that the sum over a
     // row of K is the mean square of its scores' errors, in nats; nullptr: not known.
-    virtual bool           measures_error() const { return false; }
-    virtual const double * score_weights(int head) const {
+    virtual bool                 measures_error() const { return false; }
+    virtual const double *       score_weights(int head) const {
         (void) head;
         return nullptr;
     }

@@ -114,7 +114,7 @@ def side_config(config: GearConfig, side: str, d_head: int) -> SideConfig:
         factor_bits=config.factor_bits,
         rounds=config.rounds,
         rotate=getattr(config, f"rotate_{side}"),
-        has_feedback=side == "k" and config.has_feedback,
+        has_feedback=side == "k" and config.has_feedback(d_head),
         center=bool(getattr(config, f"center_{side}")),
         clip=getattr(config, f"clip_{side}"),
         n_outlier=2 * outliers_per_side(config.sparsity, length),

@@ -10,7 +10,7 @@ from gearcpp import native
 
 HEAD = struct.Struct("<8sII")
 SECTION = struct.Struct("<IIQ")
-NOTE, STATE, TENSOR, EXTRA, END = 1, 2, 3, 4, 0
+NOTE, STATE, TENSOR, EXTRA, LEARNED, END = 1, 2, 3, 4, 5, 0
 
 
 def _sum(data: bytes) -> bytes:

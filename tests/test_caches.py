@@ -158,11 +158,11 @@ def test_completions_take_their_prompts_from_the_cache(kind: str, random_model: 
 
 
 def test_more_prompts_fit(random_model: RandomModel, random: np.random.Generator) -> None:
-    """Counted in bytes: 3-bit tiles of a prompt of 1000 tokens, against the states of llama-cpp-python's cache."""
+    """Counted in bytes: 3-bit tiles of a prompt of 1000 tokens, against the states of llama-cpp-python's cache; a tenth are the queries' moments."""
     llm = load(random_model("llama", Shape(n_layer=4, d_head=128, n_embd=64, n_ff=32)), SMALL.replace(bits_k=3, bits_v=3))
     llm.eval(random.integers(3, N_VOCAB, 1000).tolist())
     packed = llm.save_state(packed=True)
-    assert packed.llama_state_size < llm.save_state().llama_state_size / 3.4
+    assert packed.llama_state_size < llm.save_state().llama_state_size / 3.2
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_allocation import GEMMA3_270M
+from test_model_info import write_metadata
 
 from gearcpp import PRESETS, ConfigError, GearConfig, Llama
-from gearcpp.cache.allocation import Allocation, cache_bytes
+from gearcpp.cache.allocation import GEAR, Allocation, allocated, cache_bytes
 from gearcpp.cache.budget import RUNGS, budget_bytes, parse_size, within_budget
 from gearcpp.cache.kv_type import normalize_kv_type
 from gearcpp.model_info import read_model_info
@@ -73,6 +75,21 @@ def test_what_does_not_fit_or_has_no_bits_is_refused(bundled_model: Path) -> Non
     ):
         with pytest.raises(ConfigError, match=words):
             within_budget(normalize_kv_type(kv_type), budget, info, ALLOCATION)
+
+
+def test_layers_that_would_be_f16_with_more_bits_keep_theirs(tmp_path: Path) -> None:
+    """Windows near the bound where packing gains: 2 bits do, 6 do not. The global layers get their bits all the same."""
+    path = write_metadata(tmp_path / "m.gguf", "gemma3", **{**GEMMA3_270M, "attention__sliding_window": 1024})
+    info, allocation = read_model_info(path), Allocation(32768, 512)
+    kinds = {bits: {side.il for side in allocated(normalize_kv_type(uniform(*bits)), info, allocation) if side.kind == GEAR} for bits in RUNGS}
+    bound = kinds[RUNGS[0]] - kinds[RUNGS[-1]]
+    assert bound and kinds[RUNGS[-1]]
+    kv = within_budget(normalize_kv_type("gear"), "4GiB", info, allocation)
+    assert kv.gear
+    for il in kinds[RUNGS[0]]:
+        layer = kv.gear.of_layer(il, info.n_layer)
+        assert ((layer.bits_k, layer.bits_v) == RUNGS[-1]) == (il not in bound)
+    assert {side.il for side in allocated(kv, info, allocation) if side.kind == GEAR} == kinds[RUNGS[0]]
 
 
 def test_a_model_holds_to_it(bundled_model: Path) -> None:

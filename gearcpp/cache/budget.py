@@ -1,6 +1,7 @@
 """Bits by layer and side that fit a given memory (``Llama(kv_budget=...)``).
 
-Bits are raised in the order of `RUNGS`, V before K: where K is rounded for what its queries see, the next bit counts for more in V (docs/coding-keys.md).
+Bits are raised in the order of `RUNGS`, V before K: with feedback the next bit counts for more in V on recorded heads, and alike in a model's output
+(docs/coding-keys.md).
 What is left of the budget between two rungs raises the first layers, whose errors all others inherit.
 """
 
@@ -54,6 +55,7 @@ def within_budget(kv: KVType, budget: int | str, info: ModelInfo, allocation: Al
 
     Raises:
         ConfigError: the cache is not GEAR's, has settings of single layers, or does not fit with 2 bits.
+        UnsupportedError: nothing of it is packed.
     """
     if not kv.gear or kv.method:
         raise ConfigError(f"kv_budget chooses the bits of a GEAR cache; {kv.name} has none to choose")
@@ -71,6 +73,8 @@ def within_budget(kv: KVType, budget: int | str, info: ModelInfo, allocation: Al
         raise UnsupportedError(f"kv_budget {budget}: a context of {allocation.n_ctx} tokens of this model has no layer that is packed")
     rung_of = dict.fromkeys(sorted(sizes[0]), 0)
     for rung, il in ((rung, il) for rung in range(1, len(RUNGS)) for il in rung_of):
+        if rung_of[il] < rung - 1 or il not in sizes[rung]:  # with so many bits it would be f16: it gains no more
+            continue
         more = sizes[rung][il] - sizes[rung - 1][il]
         if total + more > n_bytes:
             break
